@@ -32,13 +32,13 @@ def examples() -> list[dict]:
     ]
 
 
-def ends_of(model, text: Tensor) -> list[Tensor]:
-    """What each head hands over at the last token, `[b h d]` by layer, of a llama written out."""
+def means_of(model, text: Tensor) -> list[Tensor]:
+    """What each head hands over, the mean over tokens, `[b h d]` by layer, of a llama written out."""
     found: list[Tensor] = []
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
         heads = heads_of(causal_map(rotate(q), rotate(k)), v)
-        found.append(heads[:, :, -1])
+        found.append(sum(heads[:, :, n] for n in range(heads.shape[2])) / heads.shape[2])
         return heads
 
     with torch.no_grad():
@@ -46,10 +46,18 @@ def ends_of(model, text: Tensor) -> list[Tensor]:
     return found
 
 
-def code_of(end: Tensor, encoder: Tensor, bias: Tensor) -> int:
-    end = end / sum(float(x) ** 2 for x in end) ** 0.5
-    fires = [max(0.0, float(sum(end * encoder[:, i])) + float(bias[i])) for i in range(len(bias))]
+def written_of(model, layer: int, head: int, mean: Tensor) -> Tensor:
+    """What the output projection makes of it, `[e]`."""
+    return model.model.layers[layer].self_attn.o_proj.weight.detach()[:, 8 * head : 8 * head + 8] @ mean
+
+
+def code_of(x: Tensor, encoder: Tensor, bias: Tensor) -> int:
+    fires = [max(0.0, float(sum(x * encoder[:, i])) + float(bias[i])) for i in range(len(bias))]
     return fires.index(max(fires))
+
+
+def examples_of(model) -> list[Tensor]:
+    return [torch.cat(pair) for pair in zip(*(means_of(model, x["input_ids"]) for x in examples()), strict=True)]
 
 
 def test_a_code_is_the_feature_that_fires_most(model) -> None:
@@ -61,36 +69,39 @@ def test_a_code_is_the_feature_that_fires_most(model) -> None:
         codes = run[method]
     assert codes.layers == (0, 1)
     assert codes.codes.shape == (3, 2, 4)
-    ends = [torch.cat(pair) for pair in zip(ends_of(model, text), ends_of(model, ids(5, 7)), strict=True)]
-    encoder, bias = method.sae["encoder"], method.sae["bias"]
+    means = [torch.cat(pair) for pair in zip(means_of(model, text), means_of(model, ids(5, 7)), strict=True)]
     for text_number in range(3):
         for layer in range(2):
             for head in range(4):
-                wanted = code_of(ends[layer][text_number, head], encoder, bias)
+                wanted = code_of(
+                    means[layer][text_number, head], method.sae[f"encoder.{layer}"][head], method.sae["bias"]
+                )
                 assert int(codes.codes[text_number, layer, head]) == wanted
 
 
 def test_scores_count_what_positive_examples_alone_have(model) -> None:
     method = heedful.fit(METHOD, model, examples())
-    encoder, bias = method.sae["encoder"], method.sae["bias"]
-    ends = [torch.cat(pair) for pair in zip(*(ends_of(model, x["input_ids"]) for x in examples()), strict=True)]
     positive = [True, False, True, False, True, False, True]
     with heedful.attach(model, method) as run, torch.no_grad():
         run(input_ids=ids(5))
         scores = run[method].scores
     assert len(set(scores.flatten().tolist())) > 1
-    for layer in range(2):
+    for layer, means in enumerate(examples_of(model)):
         for head in range(4):
-            codes = [code_of(end[head], encoder, bias) for end in ends[layer]]
+            codes = [code_of(x[head], method.sae[f"encoder.{layer}"][head], method.sae["bias"]) for x in means]
             mine = {code for code, yes in zip(codes, positive, strict=True) if yes}
             others = {code for code, yes in zip(codes, positive, strict=True) if not yes}
-            assert float(scores[layer, head]) == pytest.approx(len(mine - others) / len(mine | others))
+            assert float(scores[layer, head]) == len(mine - others)
 
 
 def test_codes_of_both_kinds_are_nobody_s() -> None:
-    assert _unique([3, 3, 4, 5, 5], [True, False, True, True, True]) == pytest.approx(2 / 3)
-    assert _unique([1, 2], [False, True]) == 0.5
-    assert _unique([2, 2], [False, True]) == 0.0
+    assert _unique([3, 3, 4, 5, 5], [True, False, True, True, True]) == 2
+    assert _unique([1, 2, 7], [False, True, False]) == 1
+    assert _unique([2, 2], [False, True]) == 0
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=0)
 
 
 def test_the_autoencoder_is_trained_on_what_it_leaves_and_how_much_fires(model, monkeypatch) -> None:
@@ -99,36 +110,50 @@ def test_the_autoencoder_is_trained_on_what_it_leaves_and_how_much_fires(model, 
     fitted = heedful.fit(method, model, examples())
     assert steps.settings == [{"lr": 0.02}]
     assert len(steps.grads) == 3
-    encoder, decoder, bias = steps.before[0]
+    encoder, decoder, bias, center = steps.before[0]
+    assert (encoder.shape, decoder.shape) == ((32, 6), (6, 32))
     assert close(encoder.norm(dim=0), torch.ones(6))
-    assert torch.equal(decoder, encoder.T)
-    assert torch.equal(bias, torch.zeros(6))
-    start = torch.nn.functional.normalize(torch.randn(8, 6, generator=torch.Generator().manual_seed(4)), dim=0)
-    assert torch.equal(encoder, start)
-    layers = [torch.cat(pair) for pair in zip(*(ends_of(model, x["input_ids"]) for x in examples()), strict=True)]
-    x = torch.cat([layer.flatten(0, 1) for layer in layers])
-    x = x / x.norm(dim=1, keepdim=True)
-    learned = [p.clone().requires_grad_() for p in (encoder, decoder, bias)]
-    total = torch.zeros(())
-    for row in x:
-        fired = torch.clamp(row @ learned[0] + learned[2], min=0)
-        total = total + ((fired @ learned[1] - row) ** 2).sum() + 0.3 * fired.abs().sum()
-    (total / len(x)).backward()
-    for mine, theirs in zip(steps.grads[0], learned, strict=True):
-        assert close(mine, theirs.grad)
-    assert fitted.sae["encoder"].shape == (8, 6)
-    assert not torch.equal(fitted.sae["encoder"], steps.before[2][0])  # the last step counts
-    other = heedful.fit(CircuitCodes(features=6, steps=1), model, examples())
-    assert close(other.sae["bias"].abs().amax(), torch.tensor(1e-2))  # one step at the default rate, from zero
-    assert torch.equal(
-        steps.before[3][0],
-        torch.nn.functional.normalize(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), dim=0),
+    assert close(decoder.norm(dim=0), torch.ones(32))  # the authors' rows, one for each number that is rebuilt
+    assert float(bias.abs().max()) < 32**-0.5
+    assert len(set(bias.tolist())) == 6
+    assert torch.equal(center, torch.zeros(32))
+    x = torch.stack(
+        [
+            written_of(model, layer, head, text[head])
+            for layer, means in enumerate(examples_of(model))
+            for text in means
+            for head in range(4)
+        ]
     )
+    for step in (0, 1):
+        encoder, decoder, bias, center = (p.clone() for p in steps.before[step])
+        learned = [p.requires_grad_() for p in (unit(encoder), unit(decoder), bias, center)]
+        left, fires = torch.zeros(()), torch.zeros(())
+        for row in x:
+            fired = torch.clamp((row - learned[3]) @ learned[0] + learned[2], min=0)
+            left = left + ((fired @ learned[1] + learned[3] - row) ** 2).sum()
+            fires = fires + fired.abs().sum()
+        (left / x.numel() + 0.3 * fires / len(x)).backward()
+        for mine, theirs in zip(steps.grads[step], learned, strict=True):
+            wanted = theirs.grad
+            if theirs.ndim == 2:  # nothing of it goes along what keeps its length
+                wanted = wanted - (wanted * theirs).sum(0) * theirs.detach()
+            assert close(mine, wanted.detach())
+    heedful.fit(CircuitCodes(features=6, penalty=0.3, rate=0.02, steps=4, seed=4), model, examples())
+    last, _, bias, center = steps.before[6]  # what three steps came to, before a fourth
+    for layer in range(2):
+        o = model.model.layers[layer].self_attn.o_proj.weight.detach()
+        for head in range(4):
+            assert close(fitted.sae[f"encoder.{layer}"][head], o[:, 8 * head : 8 * head + 8].T @ last)
+    assert close(fitted.sae["bias"], bias - center @ last)
+    plain, zero = (heedful.fit(CircuitCodes(features=6, steps=1, seed=n), model, examples()) for n in (None, 0))
+    assert plain.sae == zero.sae
+    assert CircuitCodes() == CircuitCodes(features=200, penalty=0.02, rate=1e-3, steps=500)
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("left", [True, False])
-def test_a_text_is_read_where_it_ends(model, left: bool) -> None:
+def test_padding_has_no_say(model, left: bool) -> None:
     method = heedful.fit(METHOD, model, examples())
     short, long = ids(6, 8), ids(9, 9)
     with heedful.attach(model, method) as run, torch.no_grad():
@@ -155,13 +180,14 @@ def test_without_a_fit_a_seed_draws_features(model) -> None:
     with heedful.attach(model, method) as run, torch.no_grad():
         run(input_ids=ids(6))
         codes = run[method].codes
-    encoder = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(3)), dim=0)
-    for layer, ends in enumerate(ends_of(model, ids(6))):
-        assert codes[0, layer].tolist() == [code_of(end, encoder, torch.zeros(16)) for end in ends[0]]
+    encoder = unit(torch.randn(8, 16, generator=torch.Generator().manual_seed(3)))
+    for layer, means in enumerate(means_of(model, ids(6))):
+        assert codes[0, layer].tolist() == [code_of(x, encoder, torch.zeros(16)) for x in means[0]]
 
 
 def test_where_no_feature_fires_the_code_is_the_first(model) -> None:
-    silent = CircuitCodes(sae=Fitted({"encoder": torch.eye(8), "bias": torch.arange(8.0) - 20}))
+    each = torch.eye(8).expand(4, 8, 8)
+    silent = CircuitCodes(sae=Fitted({"encoder.0": each, "encoder.1": each, "bias": torch.arange(8.0) - 20}))
     with heedful.attach(model, silent) as run, torch.no_grad():
         run(input_ids=ids(6))
         assert run[silent].codes.unique().tolist() == [0]
@@ -169,28 +195,27 @@ def test_where_no_feature_fires_the_code_is_the_first(model) -> None:
 
 def test_tells_what_a_reader_wants_to_know() -> None:
     nan = float("nan")
-    codes = Codes((0, 3), torch.zeros(5, 2, 3, dtype=torch.long), torch.tensor([[0.2, 0.0, 0.75], [0.0, 0.5, nan]]))
+    codes = Codes((0, 3), torch.zeros(5, 2, 3, dtype=torch.long), torch.tensor([[2.0, 0.0, 7.0], [0.0, 5.0, nan]]))
     assert list(codes.ranked) == [(0, 2), (3, 1), (0, 0), (0, 1), (3, 0)]
-    assert str(codes).startswith(
-        "codes of 5 texts; codes of positive examples alone, by head 0.2 75%, 3.1 50%, 0.0 20%"
-    )
+    assert str(codes).startswith("codes of 5 texts; codes of positive examples alone, by head 0.2 7, 3.1 5, 0.0 2")
     told = METHOD.describe(codes)
     (heads,) = told.figures
     assert heads.layers == (0, 3)
-    assert (heads.low, heads.high) == (0, 1)
+    assert (heads.low, heads.high, heads.unit) == (0, None, "")
     assert torch.equal(heads.values.nan_to_num(), codes.scores.nan_to_num())
-    assert list(told.roles[0].heads.items())[:2] == [((0, 2), 0.75), ((3, 1), 0.5)]
+    assert list(told.roles[0].heads.items())[:2] == [((0, 2), 7.0), ((3, 1), 5.0)]
+    assert told.roles[0].unit == ""
     assert told.findings[0].text == (
-        "Head 0.2 does most that positive examples alone have, 75% of its codes; 2 of 5 heads do nothing of that kind."
+        "Head 0.2 has the most codes that positive examples alone have, 7; 2 of 5 heads have none."
     )
-    many = Codes((0,), codes.codes[:, :1], torch.arange(1, 13)[None] / 20)
+    many = Codes((0,), codes.codes[:, :1], torch.arange(1.0, 13.0)[None])
     assert len(METHOD.describe(many).roles[0].heads) == 10
-    assert str(many).count("%") == 10
+    assert str(many).endswith("0.3 4, 0.2 3")
     assert not METHOD.describe(Codes((0,), codes.codes, torch.full((1, 3), nan))).figures
 
 
 def test_layers_of_unlike_width_are_filled_up() -> None:
-    fitted = CircuitCodes(sae=Fitted({"encoder": torch.eye(8), "bias": torch.zeros(8), "scores.0": torch.ones(4)}))
+    fitted = CircuitCodes(sae=Fitted({"bias": torch.zeros(8), "scores.0": torch.ones(4)}))
     from heedful.core.stats import Cat
 
     codes = fitted.answer({0: Cat.of("0", torch.ones(2, 4)), 1: Cat.of("0", torch.ones(2, 3))})
@@ -211,9 +236,11 @@ def test_says_what_is_wrong(model) -> None:
             heedful.fit(METHOD, model, [{"input_ids": ids(6, 1, 2), "positive": alike}])
     with heedful.attach(model, CircuitCodes()) as run, pytest.raises(FieldError, match="must be fitted"):
         run(input_ids=ids(6))
-    wide = CircuitCodes(sae=Fitted({"encoder": torch.eye(10), "bias": torch.zeros(10)}))
-    with heedful.attach(model, wide) as run, pytest.raises(FieldError, match="heads of width 10, and these are 8 wide"):
-        run(input_ids=ids(6))
+    for wrong in ({}, {"encoder.0": torch.zeros(4, 10, 8)}, {"encoder.0": torch.zeros(3, 8, 8)}):
+        other = CircuitCodes(sae=Fitted({**wrong, "bias": torch.zeros(8)}))
+        rule = "must have 4 heads of width 8 in layer 0"
+        with heedful.attach(model, other) as run, pytest.raises(FieldError, match=rule):
+            run(input_ids=ids(6))
 
 
 def test_one_label_is_that_of_all_texts_of_a_batch_and_others_must_be_as_many() -> None:

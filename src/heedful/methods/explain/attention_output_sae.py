@@ -60,7 +60,8 @@ class AttentionOutputSAE(Method):
         differs=(
             "Features that never fire are not drawn anew, and the rate neither warms up nor falls.",
             "What tokens a feature comes from (weights times values) is not here, nor the circuits traced with it.",
-            "Texts are read before the training and shuffled in each pass; the authors stream a billion tokens.",
+            "Texts are read before the training and shuffled in each pass; the authors' code streams a hundred million "
+            "tokens.",
         ),
     )
     layer: int = 0  # the layer whose heads are looked at

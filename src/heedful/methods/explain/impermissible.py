@@ -30,8 +30,9 @@ class Impermissible(Method):
         differs=(
             "The mean over heads is taken of the penalty, which the paper writes; its variant with the worst head is "
             "not here.",
-            "The mean is taken over the queries named by `asking`, all tokens of the text by default. The paper "
-            "looks at the one query that its classifier reads.",
+            "The mean is taken over the queries named by `asking`, all tokens of the text by default, and the "
+            "penalties of all layers add up. The paper looks at the one query that its classifier reads, and the "
+            "authors' code at the last layer alone: `.on(layers=...)`.",
             "The paper's transformers are kept from passing on what impermissible tokens hold in lower layers.",
         ),
     )

@@ -39,7 +39,9 @@ class SparseAttentionDecomposition(LayerByLayer):
             "the rotation R of their distance, and that is decomposed, pair by pair.",
             "Where a model normalises queries and keys, the product is still the score but no longer linear in x.",
             "How far the slices point at earlier heads (the paper's trace) is not here.",
-            "A norm's scale that is not part of the projections stays in x, as in the authors' unfolded model.",
+            "A norm's scale and shift stay in x. The authors' code folds them into the projections, whose product then "
+            "has other slices of the same score.",
+            "Every layer is looked at; the authors leave out the first, which nothing could be traced from.",
         ),
     )
     fires: float = 0.5  # weight from which on a pair counts; the authors' code: 0.5

@@ -103,6 +103,8 @@ class AttentionProfile(Method):
             "whole maps. Groups stand in place of their two-dimensional layout.",
             "The first token is counted by itself and left out of distances and delimiters, as models park on it.",
             "Delimiters are the spans of that role that the caller names; near and far tokens are ours.",
+            "A head is broad by its highest weight, of which the paper speaks; the authors' figure takes an entropy "
+            "above 3.8 nats, which goes by the length of their texts.",
             "Entropy of the weights as they are; the authors smooth them first. Their syntax probes are not here.",
         ),
     )

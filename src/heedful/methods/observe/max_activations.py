@@ -98,7 +98,8 @@ class MaxActivations(Method):
             "The residual stream after each layer alone, which holds the maximum in 22 of the authors' 24 models; they "
             "read embeddings, attention, feed-forward, gates and the final norm too.",
             "Magnitudes; the authors keep the signed maximum and minimum.",
-            "The threshold for 'massive' is that of Systematic Outliers (P004); the authors set none.",
+            "The threshold for 'massive' is that of Systematic Outliers (P004); the authors' code counts, beside the "
+            "maximum, tokens above 100 and above 1000 times their own median.",
             "Positions are kept for the 8 largest channels of a text.",
         ),
     )

@@ -81,6 +81,8 @@ class SecondarySinks(Method):
             "The authors call a token primary too if it lasts for all layers but 15; here every token but the first "
             "is secondary, and its lifetime tells.",
             "The state after the last layer is not looked at: no attention reads it.",
+            "A token that turns away and comes back is two sinks, each as long as its stretch; the authors add up all "
+            "layers in which it is one.",
             "A text may come in several calls, each going on where the last one ended; one-token decoding steps, and "
             "what follows them, are not counted.",
         ),

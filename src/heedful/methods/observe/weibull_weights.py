@@ -43,8 +43,8 @@ class WeibullWeights(Weights):
         "2605.18898",
         differs=(
             "The projections of attention alone; the authors fit those of the feed-forward part too.",
-            "Bins reach from the least to the largest weight that is not zero; weights of exactly zero, which rounded "
-            "models have, are left out.",
+            "The bins reach from a matrix' least weight to its largest; the authors' from 1e-12 to 100, so that most "
+            "of theirs are empty. Both leave out weights of exactly zero.",
         ),
     )
     # what is fitted: "shape", "scale" and "r2", each [layers 4]: queries, keys, values, output

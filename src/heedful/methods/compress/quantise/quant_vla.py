@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,10 +29,12 @@ PAPER = Paper(
     "2602.20309",
     "CVPR 2026",
     differs=(
-        "Written from the abstract and summaries of the paper: its limits for the two scales were not at hand.",
+        "Written from the authors' code, the paper's text not being at hand.",
         "The two scales alone, on any model and after any rounding of attention's projections. The paper rounds all "
         "other linear maps of a language model and of a diffusion head, and leaves these projections as they are.",
-        "Scales are found in two rounds: those of scores, then those of outputs with the scores in order.",
+        "Scales are found in two rounds: those of scores, then those of outputs with the scores in order; the authors "
+        "measure both in one.",
+        "Spread and size are those of all texts together; the authors take the mean of each text's.",
     ),
 )
 
@@ -39,26 +42,49 @@ PAPER = Paper(
 class QuantVLA(Surgery):
     """Rounds as `quantiser` does, then gives scores their spread and layers' outputs their size back.
 
-    Both scales go into the weights, and cost nothing. `fit` takes batches of text, and fits the quantiser too. Where a
-    norm follows the query projection, as in Qwen3, the scale of scores is lost in it.
+    Both scales go into the weights, and cost nothing. Neither may go far, and one of nearly 1 is left out. `fit` takes
+    batches of text, and fits the quantiser too. Where a norm follows the query projection, as in Qwen3, the scale of
+    scores is lost in it.
     """
 
     paper = PAPER
     quantiser: Surgery = Absmax(4)  # what rounds
     scales: Fitted | None = None  # "LAYER" [h + 1]: of each head's scores, and of the output
+    scores: tuple[float, float] = (0.7, 1.4)  # the least and the largest scale of a head's scores; the authors' code
+    reach: float = 0.3  # how far from 0 the logarithm of an output's scale may lie; the authors' code
+    near: tuple[float, float] = (0.02, 0.03)  # what scores' scales, and outputs' logarithms, must differ by to count
+
+    def __post_init__(self) -> None:
+        if len(self.scores) != 2 or not 0 < self.scores[0] <= 1 <= self.scores[1] < math.inf:
+            rule = "must be a scale above 0 and up to 1, and one from 1 up"
+            raise FieldError(self, "scores", self.scores, rule, (0.7, 1.4))
+        if not 0 <= self.reach < math.inf:
+            raise FieldError(self, "reach", self.reach, "must be 0 or more, and finite", 0.3)
+        if len(self.near) != 2 or not all(0 <= x < math.inf for x in self.near):
+            raise FieldError(self, "near", self.near, "must be two distances of 0 or more", (0.02, 0.03))
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> QuantVLA:
         shown = [dict(batch) for batch in at_least_one(self, batches)]
         layers = context.layers
         ones = {str(x.number): torch.ones(x.heads + 1, dtype=torch.float64) for x in layers}
         how = replace(self, quantiser=self.quantiser.fit(context, shown), scales=Fitted(ones))
-        for reader, place in ((_Spread(), slice(None, -1)), (_Size(), slice(-1, None))):
+        for reader, place, kept in (
+            (_Spread(), slice(None, -1), self._of_scores), (_Size(), slice(-1, None), self._of_output),
+        ):  # fmt: skip
             whole, rounded = (_read(of, reader, shown) for of in (context, context.after(how)))
             for number, x in ones.items():
                 a, b = whole[int(number)], rounded[int(number)]
-                x[place] = torch.where((a > 0) & (b > 0), a / b, 1.0)
+                x[place] = torch.where((a > 0) & (b > 0), kept(a / b), 1.0)
             how = replace(how, scales=Fitted(ones))
         return how
+
+    def _of_scores(self, scale: Tensor) -> Tensor:
+        scale = scale.clamp(*self.scores)
+        return torch.where((scale - 1).abs() < self.near[0], 1.0, scale)
+
+    def _of_output(self, scale: Tensor) -> Tensor:
+        by = scale.log().clamp(-self.reach, self.reach)
+        return torch.where(by.abs() < self.near[1], 1.0, by.exp())
 
     def require_depth(self, depth: int) -> None:
         self.quantiser.require_depth(depth)
