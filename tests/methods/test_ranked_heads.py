@@ -11,6 +11,7 @@ from torch.func import jvp, vmap
 
 from heedful import attach, models
 from heedful.authoring import FieldError, Layer, SiteError
+from heedful.conformance.tolerances import close
 from heedful.methods import RankedHeads
 from heedful.methods.mechanisms.score._sliced import joined
 from tests.methods.sliced import E, N, agrees, masked
