@@ -15,7 +15,7 @@ SCORES = torch.tensor([[1.0, 2.0, 3.0, -1.0, 0.5, 90.0]], dtype=torch.float64)
 AMONG = torch.tensor([[True, True, False, True, True, False]])
 NUMBER = torch.tensor([[0, 2, 0, 2, 1, 3]])
 LAID = Groups.of(NUMBER)
-WAYS = {"laid": LAID, "scattered": LAID._replace(table=None, place=None)}
+WAYS = {"laid": LAID, "scattered": LAID._replace(laid=None)}
 
 
 def by_loops(scores: Tensor, among: Tensor, number: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def test_every_text_and_head_has_groups_of_its_own() -> None:
     number = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 0, 2, 2, 2, 1], [2, 0, 0, 0, 1, 1, 1, 1]])
     scores, among = torch.randn(3, 4, 8, generator=draw), torch.rand(3, 4, 8, generator=draw) < 0.7
     groups = Groups.of(number[:, None])
-    assert groups.table is not None
+    assert groups.laid is not None
     found, sums = groups.softmax(scores, among), groups.sums(scores)
     for row in range(3):
         assert close(found[row], by_loops(scores[row], among[row], number[row : row + 1]))
@@ -72,7 +72,7 @@ def test_a_table_has_at_most_twice_as_many_places_as_columns(largest: int, laid:
     """Of four groups: 8 columns in 16 places, and 9 in 20."""
     number = torch.tensor([[0] * largest + [1, 1, 2, 3]])
     groups = Groups.of(number)
-    assert (groups.table is not None) == laid
+    assert (groups.laid is not None) == laid
     scores = torch.randn(2, number.shape[1], generator=torch.Generator().manual_seed(0))
     every = torch.ones_like(scores, dtype=torch.bool)
     assert close(groups.softmax(scores, every), by_loops(scores, every, number))

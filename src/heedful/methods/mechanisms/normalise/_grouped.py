@@ -22,27 +22,27 @@ class Groups(NamedTuple):
 
     number: Tensor  # each column's group, from 0 up, `[... 1 k]`
     many: int
-    table: Tensor | None  # the columns of all groups: their first ones, their second, ...; k where there is none
-    place: Tensor | None  # where in it each column stands, `[... 1 k]`
+    laid: tuple[Tensor, Tensor] | None  # the table: the columns of all groups, their first ones, their second, ..., and
+    # k where there is none; and where in it each column stands, `[... 1 k]`
 
     @staticmethod
     def of(number: Tensor) -> Groups:
         columns, many = number.shape[-1], int(number.max()) + 1
-        order = number.argsort(dim=-1, stable=True)
+        order = number.argsort(-1)
         sizes = number.new_zeros(*number.shape[:-1], many).scatter_add(-1, number, torch.ones_like(number))
         size = int(sizes.max())
         if size * many > WASTE * columns:
-            return Groups(number, many, None, None)
+            return Groups(number, many, None)
         each = torch.arange(columns, device=number.device).expand_as(number)
         nth = torch.empty_like(number).scatter(-1, order, each) - (sizes.cumsum(-1) - sizes).gather(-1, number)
         place = nth * many + number
         table = number.new_full((*number.shape[:-1], size * many), columns).scatter(-1, place, each)
-        return Groups(number, many, table, place)
+        return Groups(number, many, (table, place))
 
     def sums(self, x: Tensor) -> Tensor:
         """What the columns of each group add up to, `[... r groups]`."""
-        if self.table is not None:
-            return _laid(x, self.table, self.many, 0.0).sum(-2)
+        if self.laid is not None:
+            return _laid(x, self.laid[0], self.many, 0.0).sum(-2)
         return x.new_zeros(*x.shape[:-1], self.many).scatter_add(-1, self.number.expand_as(x), x)
 
     def softmax(self, scores: Tensor, among: Tensor, share: Tensor | None = None) -> Tensor:
@@ -52,10 +52,11 @@ class Groups(NamedTuple):
         """
         low, near = torch.finfo(scores.dtype).min, left_out(among, scores)
         hidden = scores if near is None else lowered(scores, among, near=near)
-        if self.table is not None and self.place is not None:
-            found = _laid(hidden, self.table, self.many, low).softmax(-2)
+        if self.laid is not None:
+            table, place = self.laid
+            found = _laid(hidden, table, self.many, low).softmax(-2)
             found = (found if share is None else found * share[..., None, :]).flatten(-2)
-            found = found.gather(-1, self.place.expand_as(scores))
+            found = found.gather(-1, place.expand_as(scores))
             return found if near is None else zeroed(found, among, into=True, near=near)
         number, groups = self.number.expand_as(scores), (*scores.shape[:-1], self.many)
         highest = scores.new_full(groups, low).scatter_reduce(-1, number, hidden.detach(), "amax")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -77,7 +75,7 @@ def sparsemax(x: Tensor, among: Tensor) -> Tensor:
     top = x.detach().masked_fill(~among, torch.finfo(x.dtype).min).amax(-1, keepdim=True)
     x = torch.where(among, x - top, -2.0)  # one less than the highest is always too low
     left = x.detach() > -1
-    for _ in range(_rounds(x)):
+    for _ in range(x.shape[-1]):  # each time one goes at least, and mostly so many that a few times are enough
         fewer = left & (x.detach() > _level(x.detach(), left))
         if not traced(x) and torch.equal(fewer, left):
             break
@@ -88,14 +86,6 @@ def sparsemax(x: Tensor, among: Tensor) -> Tensor:
 def _level(x: Tensor, left: Tensor) -> Tensor:
     """What those that are left would lose each to add up to one; it is too low while some of them lie below it."""
     return (x.where(left, 0.0).sum(-1, keepdim=True) - 1) / numbers(left, x).sum(-1, keepdim=True).clamp(min=1)
-
-
-def _rounds(x: Tensor) -> int:
-    """After how many rounds nobody goes any more: one leaves at most a quarter of how many there are times their rest.
-
-    They are Newton's steps for what lies above the level, which is less than one for each entry at first.
-    """
-    return x.shape[-1].bit_length() - round(math.log2(torch.finfo(x.dtype).eps)) // 2
 
 
 if __name__ == "__main__":
