@@ -1,4 +1,4 @@
-"""Ranges of ranked entries: how many are low, what they add up to with its gradient, and the n-th, by looking at each."""
+"""Ranges of ranked entries: how many are low, their sum with its gradient, and the n-th, by looking at each."""
 
 from __future__ import annotations
 
