@@ -12,6 +12,7 @@ from heedful.authoring import Call, Method, Site, reads
 from heedful.core.method import Part, Stack
 from heedful.core.stats import Mean
 from heedful.methods import CoarseToFineAttention
+from heedful.methods.mechanisms.normalise._grouped import Groups
 
 STEPS, CELL, SHOWN = 150, 2, 64
 
@@ -22,10 +23,8 @@ class _Coarse(CoarseToFineAttention):
     def across(self, means: Tensor, held: Tensor) -> Tensor:
         return means.masked_fill(~held, torch.finfo(means.dtype).min).softmax(-1)
 
-    def within(self, scores: Tensor, seen: Tensor, number: Tensor) -> Tensor:
-        shares = seen.to(scores.dtype)
-        counts = torch.zeros_like(scores).scatter_add(-1, number, shares).gather(-1, number)
-        return shares / counts.clamp(min=1)
+    def within(self, scores: Tensor, seen: Tensor, groups: Groups, of_cell: Tensor) -> Tensor:
+        return groups.softmax(torch.zeros_like(scores), seen, of_cell)
 
 
 class _Looked(Method):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,9 +13,6 @@ from heedful.authoring import Call, Layer, Mask, Method
 from heedful.conformance.tolerances import close
 from heedful.core.mask import Causal
 from heedful.core.positions import Positions
-from heedful.kit import rows
-from heedful.kit.rows import PIECE
-from heedful.methods.mechanisms.score import _sliced
 
 N, E, HEADS = 7, 24, 4
 
@@ -51,17 +47,8 @@ def agrees(method: Method, by_hand: object) -> None:
     given = method.parameters(Layer(0, HEADS, HEADS, E // HEADS, E // HEADS, E))
     p = {name: (w.double() + torch.randn(w.shape, generator=draw) / 4).requires_grad_() for name, w in given.items()}
     wanted = torch.stack([by_hand(one, p) for one in x])  # type: ignore[operator]
-    for size in (
-        N,
-        3 * N,
-        3 * N * N,
-        PIECE,
-    ):  # numbers of a map that are held at once: of a row, of three, of three maps
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(rows, "LEAST", 1)
-            patched.setattr(_sliced, "PIECE", size)
-            found = method.attend(x, call(p))  # type: ignore[attr-defined]
-        assert close(found, wanted)
+    found = method.attend(x, call(p))  # type: ignore[attr-defined]
+    assert close(found, wanted)
     losses = [(y - 1).pow(2).mean() for y in (found, wanted)]
     for one, other in zip(*(torch.autograd.grad(loss, [x, *p.values()]) for loss in losses), strict=True):
         assert bool(other.any())

@@ -7,13 +7,19 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.func import jvp, vmap
 
 from heedful import attach, models
 from heedful.authoring import FieldError, Layer, SiteError
+from heedful.conformance.tolerances import close
 from heedful.methods import RankedHeads
+from heedful.methods.mechanisms.score._sliced import joined
 from tests.methods.sliced import E, N, agrees, masked
 
 RANK, HEADS = 5, 3
+
+# torch scripts its own rules when a derivative is first carried forward
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 def by_hand(x: Tensor, p: dict[str, Tensor]) -> Tensor:
@@ -33,6 +39,30 @@ def by_hand(x: Tensor, p: dict[str, Tensor]) -> Tensor:
 
 def test_the_formula_and_the_first_step() -> None:
     agrees(RankedHeads(RANK, HEADS), by_hand)
+
+
+def test_no_map_is_kept_for_the_way_back() -> None:
+    draw, sizes = torch.Generator().manual_seed(0), []
+    x = torch.randn(1, 64, 12, generator=draw).requires_grad_()
+
+    def keep(y: Tensor) -> Tensor:
+        sizes.append(y.numel())
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+        joined(x, x, x, 4, torch.randn(8, 12, generator=draw))
+    assert 0 < max(sizes) < 64 * 64  # which one head's map has
+
+
+def test_derivatives_are_carried_forward_and_many_images_served() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, way = torch.randn(2, 1, 6, 12, generator=draw, dtype=torch.float64)
+    out = torch.randn(8, 12, generator=draw, dtype=torch.float64)
+    near = [joined(y, y, y, 4, out) for y in (x - 1e-6 * way, x + 1e-6 * way)]
+    found = jvp(lambda y: joined(y, y, y, 4, out), (x,), (way,))[1]
+    assert close(found.float(), ((near[1] - near[0]) / 2e-6).float())
+    many = vmap(lambda y: joined(y, y, y, 4, out))(torch.stack([x, way]))
+    assert close(many, torch.stack([joined(y, y, y, 4, out) for y in (x, way)]))
 
 
 def test_the_start() -> None:

@@ -52,8 +52,10 @@ class _Additive(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
         found = v.sum().expand(*q.shape[:3], k.shape[2]).clone()
-        for here, unit, below in _quotients(q, k):
-            found.flatten(0, 1)[here].addcdiv_(v[unit], below, value=-2.0)
+        for here, sums in _pieces(q, k):
+            piece = found.flatten(0, 1)[here]
+            for weight, below in zip(v.unbind(), sums, strict=True):
+                piece.addcdiv_(weight, below, value=-2.0)
         return found
 
     @staticmethod
@@ -64,12 +66,15 @@ class _Additive(torch.autograd.Function):
             each = given[..., None] * v * (1 - bent.square())
             return each.sum(3), each.sum(2), (given[..., None] * bent).flatten(0, -2).sum(0)
         to_q, to_k, to_v = torch.zeros_like(q), torch.zeros_like(k), given.sum().repeat(len(v))
-        for here, unit, below in _quotients(q, k):
-            share = given.flatten(0, 1)[here] / below
-            to_v[unit] -= 2 * share.sum()
-            slope = share.addcdiv_(share, below, value=-1.0)  # a fourth of what tanh rises by
-            to_q.flatten(0, 1)[here][..., unit] = slope.sum(-1)
-            to_k.flatten(0, 1)[here[0]][..., unit] += slope.sum(-2)
+        for here, sums in _pieces(q, k):
+            piece = given.flatten(0, 1)[here]
+            of_rows, of_keys = to_q.flatten(0, 1)[here].unbind(-1), to_k.flatten(0, 1)[here[0]].unbind(-1)
+            share, slope = torch.empty_like(piece), torch.empty_like(piece)
+            for row, key, total, below in zip(of_rows, of_keys, to_v.unbind(), sums, strict=True):
+                total -= 2 * torch.div(piece, below, out=share).sum()
+                torch.addcdiv(share, share, below, value=-1.0, out=slope)  # a fourth of what tanh rises by
+                row.copy_(slope.sum(-1))
+                key += slope.sum(-2)
         return to_q.mul_(4 * v), to_k.mul_(4 * v), to_v
 
 
@@ -78,17 +83,17 @@ def _bounded(*given: Tensor) -> bool:
     return all(bool((2 * x.abs()).exp().isfinite().all()) for x in given)
 
 
-def _quotients(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[slice, slice], int, Tensor]]:
-    """1 + exp 2(q_i + k_j) of piece after piece and unit after unit: its heads and rows, its unit, and it `[h r k]`."""
+def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[slice, slice], Iterator[Tensor]]]:
+    """Heads and rows of piece after piece, and 1 + exp 2(q_i + k_j) of it `[h r k]`, unit after unit."""
     a, b = (2 * q.flatten(0, 1)).exp(), (2 * k.flatten(0, 1)).exp().mT.contiguous()
-    (maps, rows, units), keys = a.shape, b.shape[2]
+    (maps, rows), keys = a.shape[:2], b.shape[2]
     one = a.new_ones(1, 1, keys)
     many, step = at_once(rows, keys, PIECE)
     for here in itertools.product(_cut(maps, many), _cut(rows, step)):
         x, y = a[here], b[here[0]]
         room = x.new_empty(*x.shape[:2], keys)
-        for unit in range(units):
-            yield here, unit, torch.addcmul(one, x[..., unit, None], y[:, unit, None], out=room)
+        pairs = zip(x.split(1, -1), y.split(1, -2), strict=True)
+        yield here, (torch.addcmul(one, row, key, out=room) for row, key in pairs)
 
 
 def _cut(total: int, step: int) -> list[slice]:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.authoring import Call, FieldError, Method, Paper, Site, at
-from heedful.core.flags import numbers, zeroed
+from heedful.core.flags import numbers, traced, zeroed
 from heedful.core.positions import spread_heads
-from heedful.methods.mechanisms.normalise._grouped import softmax_by_group
+from heedful.methods.mechanisms.normalise._grouped import Groups
 
 
 class CoarseToFineAttention(Method):
@@ -50,20 +50,17 @@ class CoarseToFineAttention(Method):
         seen = seen.expand_as(scores)
         cells, order = spread_heads(self._cells(call), call.heads).sort(dim=-1)
         counted = pad(cells.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
-        number = torch.zeros_like(order).scatter(-1, order, counted)[..., None, :].expand_as(scores)
-        empty = scores.new_zeros(*scores.shape[:-1], int(counted.max()) + 1)
-        counts = empty.scatter_add(-1, number, numbers(seen, scores))
-        sums = empty.scatter_add(-1, number, zeroed(scores, seen))
-        of_cell = self.across(sums / counts.clamp(min=1), counts > 0)
-        return of_cell.gather(-1, number) * self.within(scores, seen, number)
+        groups = Groups.of(torch.zeros_like(order).scatter(-1, order, counted)[..., None, :])
+        counts, sums = (groups.sums(x) for x in (numbers(seen, scores), zeroed(scores, seen)))
+        return self.within(scores, seen, groups, self.across(sums / counts.clamp(min=1), counts > 0))
 
     def across(self, means: Tensor, held: Tensor) -> Tensor:
         """The weights of cells by their mean scores `[b h r m]`, of those that hold a key that is seen."""
         return sparsemax(means, held)
 
-    def within(self, scores: Tensor, seen: Tensor, number: Tensor) -> Tensor:
-        """The weights of keys in their cells, `[b h r k]`."""
-        return softmax_by_group(scores, seen, number)
+    def within(self, scores: Tensor, seen: Tensor, groups: Groups, of_cell: Tensor) -> Tensor:
+        """The weights of keys `[b h r k]`, of which each has a share of its cell's."""
+        return groups.softmax(scores, seen, of_cell)
 
     def _cells(self, call: Call) -> Tensor:
         """A number for the cell that each key lies in, `[b|1 g|1 k]`."""
@@ -79,11 +76,18 @@ def sparsemax(x: Tensor, among: Tensor) -> Tensor:
     """The distribution nearest to some entries of each row, which is zero for all that are low; and for the others."""
     top = x.detach().masked_fill(~among, torch.finfo(x.dtype).min).amax(-1, keepdim=True)
     x = torch.where(among, x - top, -2.0)  # one less than the highest is always too low
-    ordered = x.sort(dim=-1, descending=True).values
-    above = ordered.cumsum(-1) - 1
-    count = torch.arange(1, x.shape[-1] + 1, device=x.device)
-    kept = (count * ordered > above).sum(-1, keepdim=True)
-    return (x - above.gather(-1, kept - 1) / kept).clamp(min=0)
+    left = x.detach() > -1
+    for _ in range(x.shape[-1]):  # each time one goes at least, and mostly so many that a few times are enough
+        fewer = left & (x.detach() > _level(x.detach(), left))
+        if not traced(x) and torch.equal(fewer, left):
+            break
+        left = fewer
+    return (x - _level(x, left)).clamp(min=0)
+
+
+def _level(x: Tensor, left: Tensor) -> Tensor:
+    """What those that are left would lose each to add up to one; it is too low while some of them lie below it."""
+    return (x.where(left, 0.0).sum(-1, keepdim=True) - 1) / numbers(left, x).sum(-1, keepdim=True).clamp(min=1)
 
 
 if __name__ == "__main__":

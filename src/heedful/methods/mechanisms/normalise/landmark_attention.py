@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at, reads
-from heedful.core.flags import lowered, zeroed
+from heedful.core.flags import at_least, both, lowered, same, some, zeroed
 from heedful.core.positions import Positions, spread_heads
 from heedful.kit.told import at_places, token_ids
-from heedful.methods.mechanisms.normalise._grouped import softmax_by_group
+from heedful.methods.mechanisms.normalise._grouped import Groups
 
 
 class LandmarkAttention(Method):
@@ -69,22 +69,26 @@ class LandmarkAttention(Method):
 
     @at(Site.NORMALISE)
     def weigh(self, scores: Tensor, call: Call) -> Tensor:
-        asking = spread_heads(self.placed(call.queries, call)[0], call.heads)[..., None]
+        asking = spread_heads(self.placed(call.queries, call)[0], call.heads)[..., None].int()
         giving, mark = (spread_heads(x, call.heads)[..., None, :] for x in self.placed(call.keys, call))
-        keep = scores.new_ones(scores.shape[-1], dtype=torch.bool) if call.keep is None else call.keep
-        own, marks, past = (
-            keep & x for x in (~mark & (giving == asking), mark & (giving < asking), ~mark & (giving < asking))
-        )
-        if self.blocks is not None:
-            marks = marks & _highest(scores, marks, self.blocks)
-        first = lowered(scores, own | marks).softmax(-1)
+        keep = mark.new_ones(scores.shape[-1]) if call.keep is None else call.keep
         # a block's keys follow one another, however many a cache dropped
         blocks = pad(giving.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
         sizes = blocks.new_zeros(*blocks.shape[:-1], int(blocks.max()) + 1)
         sizes = sizes.scatter_add(-1, blocks, torch.ones_like(blocks))
         last = (sizes.cumsum(-1) - 1).expand(*scores.shape[:-1], -1)  # of each block, where its landmark stands
-        share = zeroed(first, marks).gather(-1, last)
-        return zeroed(first, own) + softmax_by_group(scores, past, blocks.expand(scores.shape), share)
+        marks = both(both(keep, mark), at_least(asking - 1, giving.int())).expand_as(scores).gather(-1, last)
+        of_marks, seen = scores.gather(-1, last), both(keep, ~mark)
+        if self.blocks is not None:
+            marks = marks & _highest(of_marks, marks, self.blocks)
+        own = both(seen, same(giving.int(), asking)).expand_as(scores)
+        there = some(own.flatten(0, -2), 0).nonzero()[:, 0]  # columns of some row's own block
+        near = slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 0)
+        own = own[..., near]
+        first = torch.cat([lowered(scores[..., near], own), lowered(of_marks, marks)], -1).softmax(-1)
+        first, share = first.split([own.shape[-1], marks.shape[-1]], -1)
+        found = Groups.of(blocks).softmax(scores, seen, zeroed(share, marks))
+        return found + pad(zeroed(first, own), (near.start, scores.shape[-1] - near.stop))
 
 
 def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from heedful.authoring import CachedKV, Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError
-from heedful.core.flags import at_least, numbers, same
+from heedful.core.flags import at_least, both, either, numbers, same
 from heedful.core.sites import at, penalises, reads
 from heedful.kit.budget import newest
 from heedful.kit.chosen import Chosen
@@ -74,8 +75,8 @@ class NeuralAttentionSearch(Method):
 
     @at(Site.MASK, training=False)
     def hide(self, mask: Mask, call: Call) -> Mask:
-        types, places, total = call.state.cache[TYPES].detach(), call.places, len(call.keys)
-        return mask & Chosen(lambda rows: self._seen(types, places.tile(rows, slice(0, total))) > 0)
+        types, places, total = _known(call.state.cache[TYPES].detach()), call.places, len(call.keys)
+        return mask & Chosen(lambda rows: call.spread(self._seen(types, places.tile(rows, slice(0, total))).kept))
 
     @penalises(Site.MASK, when="sparsity")
     def shorten(self, mask: Mask, call: Call) -> Tensor:
@@ -90,12 +91,13 @@ class NeuralAttentionSearch(Method):
 
     @at(Site.PATTERN, training=True)
     def share_out(self, pattern: Tensor, call: Call) -> Tensor:
-        seen = self._seen(call.state.cache[TYPES], call).to(pattern.dtype)
-        total, weights = pattern.sum(-1, keepdim=True), pattern * seen.detach()
-        if seen.requires_grad:
-            part = weights.sum(-1, keepdim=True) / total.where(total > 0, 1.0)
+        types = _known(call.state.cache[TYPES])
+        seen = self._seen(types.detach(), call)
+        total, weights = pattern.sum(-1, keepdim=True), pattern * call.spread(numbers(seen.kept, pattern))
+        if types.requires_grad:
+            part = weights.detach().sum(-1, keepdim=True) / total.detach().where(total > 0, 1.0)
             # what is seen hardly at all would otherwise have a gradient without bound
-            weights = weights + pattern * part.detach() * (seen - seen.detach())
+            weights = _taught(weights, pattern * part, types, seen)
         left = weights.sum(-1, keepdim=True)
         return weights * (total / left.where(left > torch.finfo(left.dtype).tiny, 1.0))
 
@@ -124,32 +126,81 @@ class NeuralAttentionSearch(Method):
         types = types.where((call.q_pos != 0)[..., None], _all(soft, KEPT))
         return types.where(call.is_text[..., None], _all(soft, PASSING))
 
-    def _seen(self, types: Tensor, call: Call) -> Tensor:
-        """M of a tile `[b h r k]`, 1 or 0 and with a gradient, from the text's types by index `[b g n 3]`."""
-        types = _known(types)
-        kept = types[..., KEPT]
-        # the product's gradient is that of every token between while none is kept for good, then of the one that is
-        own = torch.stack([kept, kept * kept.detach()], -1)
-        so_far = own.cumsum(-2)
+    def _seen(self, types: Tensor, call: Call) -> _Seen:
+        """M of a tile, from the text's types by index `[b g n 3]`."""
         rows, cols = (
-            x.index.clamp(max=types.shape[2] - 1).expand(*types.shape[:2], -1)[..., None].expand(-1, -1, -1, 2)
-            for x in (call.queries, call.keys)
+            x.index.clamp(max=types.shape[2] - 1).expand(*types.shape[:2], -1) for x in (call.queries, call.keys)
         )
-        later = numbers(at_least(rows[:, :, :, None, 0].int() - 1, cols[:, :, None, :, 0].int()), types)
-        before, until = (so_far - own).gather(2, rows), so_far.gather(2, cols)
-
-        def between(i: int) -> Tensor:
-            return (before[:, :, :, None, i] - until[:, :, None, :, i]) * later
-
-        every = between(0)
-        count = every.detach()
-        alive = numbers(same(count, count.new_zeros(())), count)
-        if types.requires_grad:
-            alive = alive * (1 - every) + numbers(same(count, count.new_ones(())), count) * (1 - between(1))
+        so_far = types[..., KEPT].int().cumsum(-1, dtype=torch.int32)
+        before = (so_far - types[..., KEPT].int()).gather(2, rows)[..., None]
+        until = so_far.gather(2, cols)[:, :, None]
+        later = at_least(rows.int()[..., None] - 1, cols.int()[:, :, None])
+        none, one = both(same(before, until), later), both(same(before - 1, until), later)
         place = call.q_pos[..., None] - self.window
-        near = numbers(at_least(call.k_pos[..., None, :].int(), place.int()), types)
-        kept, local, passing = (types[..., i].gather(2, cols[..., 0])[:, :, None] for i in (KEPT, LOCAL, PASSING))
-        return call.spread(kept + local * alive + passing * near)
+        near = at_least(call.k_pos[..., None, :].int(), place.int()).expand_as(later)
+        kept, local, passing = (types[..., i].gather(2, cols)[:, :, None] > 0 for i in (KEPT, LOCAL, PASSING))
+        alive = either(none, ~later)
+        seen = either(either(kept, both(local, alive)), both(passing, near))
+        return _Seen(rows, cols, seen, alive, near, none, one)
+
+
+class _Seen(NamedTuple):
+    """What a tile's queries see, and what its gradient goes by, `[b g r k]`."""
+
+    rows: Tensor  # of the text, `[b g r]`
+    cols: Tensor  # `[b g k]`
+    kept: Tensor  # M, all in all
+    alive: Tensor  # no token between is kept for good, nor is there one at all beside the diagonal
+    near: Tensor  # within the window
+    none: Tensor  # tokens between, of which none is kept for good
+    one: Tensor  # or just one
+
+
+def _taught(weights: Tensor, slope: Tensor, types: Tensor, seen: _Seen) -> Tensor:
+    """Weights as they are, by whose gradient times `slope` types are told."""
+    kept = types[..., KEPT]
+    # the product's gradient is that of every token between while none is kept for good, then of the one that is
+    own = torch.stack([kept, kept * kept.detach()], -1)
+    so_far = own.cumsum(-2)
+    rows, cols = (x[..., None].expand(-1, -1, -1, 2) for x in (seen.rows, seen.cols))
+    here = types.gather(2, seen.cols[..., None].expand(-1, -1, -1, 3))
+    found: Tensor = _Taught.apply(
+        weights, slope, here, (so_far - own).gather(2, rows), so_far.gather(2, cols), *seen[3:]
+    )
+    return found
+
+
+class _Taught(torch.autograd.Function):
+    """Of M = G_j + L_j alive + S_j near, where alive falls by what is kept between, `before_i - until_j`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights: Tensor, *_: Tensor) -> Tensor:
+        return weights.view_as(weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, slope, types, _, _, *flags = inputs
+        ctx.save_for_backward(slope, types, *flags)
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        slope, types, alive, near, none, one = ctx.saved_tensors
+        told = (given * slope).unflatten(1, (types.shape[1], -1)).sum(2)  # heads share their keys' types
+        of_alive, of_near, of_none, of_one = (told * numbers(x, told) for x in (alive, near, none, one))
+        to_types = torch.stack([x.sum(-2) for x in (told, of_alive, of_near)], -1)
+        local = types[..., LOCAL].detach().to(told.dtype)
+        to_before = torch.cat([x @ local[..., None] for x in (of_none, of_one)], -1)
+        to_until = torch.stack([x.sum(-2) * local for x in (of_none, of_one)], -1)
+        return (
+            given,
+            None,
+            to_types.to(types.dtype),
+            (-to_before).to(types.dtype),
+            to_until.to(types.dtype),
+            *[None] * 4,
+        )
 
 
 def _all(like: Tensor, kind: int | Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.authoring import CachedKV, Call, Causal, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.flags import at_least, whole
 from heedful.core.mask import Padding
 from heedful.core.positions import spread_heads
-from heedful.kit.chosen import Chosen
+from heedful.kit.chosen import Chosen, Reached
 from heedful.kit.feature_maps import drawn
 from heedful.kit.running import wide
 from heedful.kit.told import of_keys
+from heedful.methods.mechanisms.routed._ranked import Ranked
 
 ROWS = 128  # whose thresholds are sought at once
 
@@ -68,7 +71,18 @@ class SparseK(Method):
         told = of_keys(call, "scores", (call.hidden.flatten(1, -2).to(weight.dtype) @ weight.mT).mT[..., None])[..., 0]
         scores, total = spread_heads(told, call.heads), told.shape[-1]
         known = scores.isfinite()[:, :, None]
-        places, place = call.places, _rising(scores)[1].argsort(-1)[:, :, None]
+        rank = _rising(scores)[1].argsort(-1)
+        ranges = None if mask.blocks or not bool(known.all()) else mask.key_ranges(call.queries, call.keys, call.heads)
+        if ranges is not None and ranges.shape[3] == 1:  # a query's keys are one range, as in a plain text
+            start, stop = (x.expand(*scores.shape[:2], -1) for x in ranges[..., 0, :].unbind(-1))
+            levels, lowest = threshold_of_ranges(scores, rank, start, stop, self.keep)
+            call.state.forward[str(call.layer)] = scores, levels[..., None]
+            least, place = lowest.to(whole(total))[..., None], rank.to(whole(total))[:, :, None]
+            return mask & Reached(
+                lambda rows, cols: at_least(place[..., cols], least[:, :, rows]),
+                lambda rows: (place >= least[:, :, rows].amin(2, keepdim=True)).flatten(0, 2).any(0),
+            )
+        places, place = call.places, rank[:, :, None]
 
         def seen(rows: slice) -> Tensor:
             part = places.tile(rows, slice(0, total))
@@ -86,7 +100,7 @@ class SparseK(Method):
     def drop(self, entries: CachedKV, call: Call) -> Tensor:
         """Thresholds only rise while nothing that was seen goes out of sight, as by keys that another method chose."""
         others = [rule for rule in call.mask.rules if not isinstance(rule, Causal | Padding)]
-        if not (len(others) == 1 and isinstance(others[0], Chosen)):
+        if not (len(others) == 1 and isinstance(others[0], Chosen | Reached)):
             return entries.is_filled
         scores, levels = call.state.forward[str(call.layer)]
         last = call.last.expand(len(levels), 1)[..., None, None].expand(-1, call.heads, -1, -1)
@@ -123,6 +137,23 @@ class _Order(NamedTuple):
         full, some = (torch.searchsorted(rising, x, right=True) for x in (bends + 1, bends))
         return _Order(rising, order, bends, full, some)
 
+    def middle(self, below: Callable[[Tensor], tuple[Tensor, Tensor]], count: Tensor, k: int) -> Tensor:
+        """A number between the two bends that a threshold lies between, in each row.
+
+        `below` tells how many of a row's entries rank below a limit, and what they add up to; in all it has `count`.
+        """
+
+        def gates(bend: Tensor) -> Tensor:
+            """What the gates of each row add up to at one of the bends."""
+            (ends, upto), (starts, under) = (below(_at(x, bend)) for x in (self.full, self.some))
+            return upto - under - _at(self.bends, bend) * (ends - starts) + count - ends
+
+        last = torch.zeros_like(count)  # the last bend at which they are k or more
+        for step in reversed(range(self.bends.shape[-1].bit_length())):
+            next_ = (last + (1 << step)).clamp(max=self.bends.shape[-1] - 2)
+            last = next_.where(gates(next_) >= k, last)
+        return (_at(self.bends, last) + _at(self.bends, last + 1)) / 2
+
 
 def threshold(scores: Tensor, there: Tensor, k: int, known: _Order | None = None) -> tuple[Tensor, Tensor]:
     """tau with sum clip(scores - tau, 0, 1) = k over the entries of each row that are there, `[... 1]`.
@@ -132,8 +163,9 @@ def threshold(scores: Tensor, there: Tensor, k: int, known: _Order | None = None
     highest, of all from the lowest. Rows share the order of their entries, which may be known already.
     """
     with torch.no_grad():
-        rising, order, bends, full, some = known or _Order.of(scores)
-        held = there.gather(-1, order.expand_as(there))
+        known = known or _Order.of(scores)
+        rising = known.rising
+        held = there.gather(-1, known.order.expand_as(there))
         many = pad(held.cumsum(-1, dtype=torch.int32), (1, 0))
         below = pad((rising * held).cumsum(-1), (1, 0))
         count = many[..., -1:].long()
@@ -141,23 +173,27 @@ def threshold(scores: Tensor, there: Tensor, k: int, known: _Order | None = None
         least = _at(rising, first).where(count > 0, 0.0)
         lowest = torch.searchsorted(many, count - k, right=True) - 1
 
-        def gates(bend: Tensor) -> Tensor:
-            """What the gates of each row add up to at one of the bends."""
-            open_, ajar = _at(full, bend), _at(some, bend)
-            ends = _at(many, open_)
-            partly = _at(below, open_) - _at(below, ajar) - _at(bends, bend) * (ends - _at(many, ajar))
-            return partly + count - ends
-
-        last = torch.zeros_like(count)  # the last bend at which they are k or more
-        for step in reversed(range(bends.shape[-1].bit_length())):
-            next_ = (last + (1 << step)).clamp(max=bends.shape[-1] - 2)
-            last = next_.where(gates(next_) >= k, last)
-        middle = (_at(bends, last) + _at(bends, last + 1)) / 2  # of two bends, with tau between
+        middle = known.middle(lambda limit: (_at(many, limit), _at(below, limit)), count, k)
         inside = there & (scores > middle) & (scores < middle + 1)
         ends, starts = (_at(many, torch.searchsorted(rising, x.mT).mT) for x in (middle + 1, middle))
         over, partly = count - ends, ends - starts
     total = scores.where(inside, 0.0).sum(-1, keepdim=True)
     level = ((total + over - k) / partly.clamp(min=1)).where(partly > 0, middle)
+    return level.where(count > k, least - 2), lowest
+
+
+def threshold_of_ranges(scores: Tensor, rank: Tensor, start: Tensor, stop: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same for rows that each see one range of the entries `[... n]`, whose ranks from the lowest are known."""
+    known, ranked, count = _Order.of(scores.detach()), Ranked.of(rank, scores), stop - start
+    with torch.no_grad():
+        middle = known.middle(lambda limit: ranked.below(start, stop, limit), count, k)
+        ends, starts = (torch.searchsorted(known.rising, x) for x in (middle + 1, middle))
+        first = ranked.nth(start, stop, torch.zeros_like(count)).clamp(max=scores.shape[-1] - 1)
+        least = _at(known.rising, first).where(count > 0, 0.0)
+        lowest = ranked.nth(start, stop, (count - k).clamp(min=0))
+    (open_, upto), (shut, under) = (ranked.below(start, stop, limit) for limit in (ends, starts))
+    partly, over = open_ - shut, count - open_
+    level = ((upto - under + over - k) / partly.clamp(min=1)).where(partly > 0, middle).to(scores.dtype)
     return level.where(count > k, least - 2), lowest
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from heedful.authoring import Call, Layer, Paper, SiteError
+from heedful.core.flags import traced
 from heedful.kit.feature_maps import drawn
-from heedful.kit.rows import PIECE, at_once
 
 PAPER = Paper(
     "P075",
@@ -52,9 +53,8 @@ def require_open(call: Call, what: str) -> None:
 
 def joined(query: Tensor, key: Tensor, value: Tensor, heads: int, out: Tensor) -> Tensor:
     """Softmax attention of heads that have a slice `[b n h*r]` each, brought to the layer's width by `out`."""
-    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for y in (query, key, value))
-    many, step = at_once(q.shape[1], k.shape[1], PIECE)
-    found = []
-    for rows, keys, values in zip((q / math.sqrt(q.shape[-1])).split(many), k.split(many), v.split(many), strict=True):
-        found += [((part @ keys.mT).softmax(-1) @ values).flatten(0, 1) for part in rows.split(step, 1)]
-    return linear(torch.cat(found).view(len(query), heads, q.shape[1], -1).transpose(1, 2).flatten(2), out)
+    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (query, key, value))
+    # torch's kernels hold no map, there and back; rules for derivatives carried forward have its plain steps alone
+    with sdpa_kernel(SDPBackend.MATH) if traced(q, k, v) else nullcontext():
+        found = scaled_dot_product_attention(q, k, v)
+    return linear(found.transpose(1, 2).flatten(2), out)
