@@ -243,6 +243,11 @@ def test_bad_input_is_named_before_the_model_is_loaded(
     assert match in str(told.exception)
 
 
+def test_a_model_that_reads_no_words_is_told_another_that_can_be_named() -> None:
+    told = RUN.invoke(app, ["compare", "tiny:llama", "--methods", "act"])
+    assert str(told.exception).endswith("has no tokenizer or processor, which tasks need; for example MODEL='default'")
+
+
 def test_workers_are_looked_at_before_the_model_loads() -> None:
     told = RUN.invoke(app, ["compare", "smol", "--methods", "act", "--workers", "0"])
     assert str(told.exception).startswith("Ray.workers = 0: must be 1 or more")

@@ -23,7 +23,7 @@ from heedful.bench.results import MARGIN, PLAIN
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.code import code_of
-from heedful.core.errors import FieldError, HeedfulError, RefusedModel, WriteError
+from heedful.core.errors import Code, FieldError, HeedfulError, RefusedModel, WriteError
 from heedful.core.figures import a_few, counted
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Progress, Report, Surgery, Tokens
@@ -81,6 +81,12 @@ def _named(contenders: Mapping[str, Contender | str] | Iterable[Contender | str]
     return found
 
 
+def require_reader(model: Loaded, owner: str, field: str, good: object) -> None:
+    """Refuse a model without what turns prompts into its inputs."""
+    if model.tokenizer is None:
+        raise FieldError(owner, field, model.name, "has no tokenizer or processor, which tasks need", good)
+
+
 @asks
 def compare(  # noqa: PLR0913 - what a user may set, each by name
     model: Loaded | tuple[Any, Any],
@@ -112,9 +118,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     as are asked for, or `Ray` or `Ranks` as these are set; costs are measured here. `how` goes to `attach`.
     """
     given = model if isinstance(model, Loaded) else Loaded(inside(model[0]), model[1], "")
-    if given.tokenizer is None:
-        rule = "has no tokenizer or processor, which tasks need"
-        raise FieldError("compare()", "model", given.name, rule, "(model, tokenizer)")
+    require_reader(given, "compare()", "model", Code("(model, tokenizer)"))
     contenders, folder = _named(methods), folder_for("compare()", out)
     batches, limit = costed(batch, cache, turns)
     chosen = [_task(task) for task in tasks]

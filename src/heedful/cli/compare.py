@@ -194,9 +194,10 @@ def compare(
     with bars.console.status(f"loading {escape(model)}"):
         from heedful import models
         from heedful.bench.compare import compare as run
-        from heedful.bench.compare import require
+        from heedful.bench.compare import require, require_reader
 
         loaded = models.load(model)
+        require_reader(loaded, "compare", "MODEL", "default")
         asked = [task for text in parted(tasks) for task in _taken(loaded, text, bars)]
         require(loaded, asked, prompts, minutes, margin, turns, {"only": only, "backend": backend})
     with stopping(bars, out):
