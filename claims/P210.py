@@ -24,7 +24,8 @@ CLAIM = Claim(
     setup=f"DINOv2-S/14, {SHOWN} crops of a photograph with a disc of another one in each; patches chosen in layer "
     f"{LAYER}, and the last layer, which sees {SHARE:.0%} of them, stands for a language model. How near its class "
     "token is to that of the whole image, against the better of the most salient patches and of the most unlike. "
-    f"Details: as many patches drawn at random, {DRAWS} times.",
+    f"Details: as many patches drawn at random, {DRAWS} times. Saliency is what the encoder's tokens give a patch; the "
+    "authors', by others' accounts, is its likeness to the question.",
     effect="cosine with the class token of the whole image, above the better of saliency and diversity alone",
     measure=measure,
     seeds=8,

@@ -22,7 +22,8 @@ CLAIM = Claim(
     says="A language model answers better from patches chosen by saliency and diversity than by one of them.",
     paper_number="none given in the abstract: state of the art in accuracy",
     setup=f"{SETUP} Against the better of the most salient patches and of the most unlike. Details: as many drawn at "
-    "random.",
+    "random. Saliency is what the encoder's tokens give a patch; the authors', by others' accounts, is its likeness to "
+    "the question.",
     effect="log-probability of the right answer, above the better of saliency and diversity alone",
     measure=measure,
     seeds=8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
+from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, InactiveWarning
+from heedful.core.regions import Region
 from heedful.methods import AdaptiveSparseViT
+from heedful.methods.sparse.merge.adaptive_sparse_vit import _free
 
 LABELS = torch.tensor([0, 1, 1])
 
@@ -23,10 +27,14 @@ def image_model() -> tuple[Any, dict[str, Tensor]]:
 
 
 def attended(part: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention adds to tokens `[n e]`, the weights of the first `[h n]`, and what heads hand over `[h n d]`."""
+    """What attention adds to tokens `[n e]`, the weights of the first `[h n]`, and what heads hand over `[h n d]`.
+
+    What a key gets, before all that a query gives is made 1, is multiplied by the mask, as the authors do.
+    """
     heads = part.num_attention_heads
     q, k, v = (m(x).unflatten(-1, (heads, -1)).transpose(0, 1) for m in (part.q_proj, part.k_proj, part.v_proj))
-    weights = (q @ k.mT * q.shape[-1] ** -0.5 + mask).softmax(-1)
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).exp() * mask
+    weights = weights / weights.sum(-1, keepdim=True)
     out = weights @ v
     return part.o_proj(out.transpose(0, 1).flatten(1)), weights[:, 0], out
 
@@ -46,12 +54,12 @@ def at_rest(model: Any, pixels: Tensor, thresholds: dict[int, float]) -> tuple[T
     x, counts = model.vit.embeddings(pixels[None])[0], []
     for number, layer in enumerate(model.vit.layers):
         counts.append(len(x))
-        added, first, out = attended(layer.attention, layer.layernorm_before(x), torch.zeros(len(x)))
+        added, first, out = attended(layer.attention, layer.layernorm_before(x), torch.ones(len(x)))
         x = x + added
         x = x + layer.mlp(layer.layernorm_after(x))
         if number in thresholds:
             score = scores(first, out, [1.0] * (len(x) - 1))
-            x = x[[0, *(1 + i for i, s in enumerate(score) if float(s) >= thresholds[number])]]
+            x = x[[0, *(1 + i for i, s in enumerate(score) if float(s) > thresholds[number])]]
     return model.classifier(model.vit.layernorm(x)[0]), counts
 
 
@@ -96,25 +104,29 @@ def test_the_first_token_stays_whatever_it_is() -> None:
 
 
 def training_loss(model: Any, inputs: dict[str, Tensor], thresholds: dict[int, Tensor], budget: float) -> Tensor:
-    """Cross-entropy, and twice the squared distance of the mean share of patches from the budget."""
+    """Cross-entropy, and twice the distance of the mean share of patches from the budget.
+
+    The authors' mask is zero or one, and has the gradient of a soft one.
+    """
     logits = []
     shares: list[list[Tensor]] = []
     for pixels in inputs["pixel_values"]:
         x = model.vit.embeddings(pixels[None])[0]
-        still, mine = torch.zeros(len(x)), []
+        still, mine = torch.ones(len(x)), []
         for number, layer in enumerate(model.vit.layers):
-            mine.append(still[1:].exp().mean())
+            mine.append(still[1:].mean())
             added, first, out = attended(layer.attention, layer.layernorm_before(x), still)
             x = x + added
             x = x + layer.mlp(layer.layernorm_after(x))
             if number in thresholds:
-                score = torch.stack(scores(first, out, list(still[1:].exp())))
-                soft = torch.sigmoid(10 * (score - thresholds[number])).log().clamp(min=-20)
-                still = still + torch.cat([torch.zeros(1), soft])
+                score = torch.stack(scores(first, out, list(still[1:])))
+                soft = torch.sigmoid(50 * (score - thresholds[number]))
+                hard = (score > thresholds[number]).float() - soft.detach() + soft
+                still = torch.cat([torch.ones(1), hard])
         shares.append(mine)
         logits.append(model.classifier(model.vit.layernorm(x)[0]))
     share = sum(torch.stack([mine[i] for mine in shares]).mean() for i in range(4)) / 4
-    return torch.nn.functional.cross_entropy(torch.stack(logits), LABELS) + 2 * (share - budget) ** 2
+    return torch.nn.functional.cross_entropy(torch.stack(logits), LABELS) + 2 * (share - budget).abs()
 
 
 def test_what_patches_cost_is_told_where_an_encoder_ends_whatever_comes_behind() -> None:
@@ -162,9 +174,10 @@ def test_without_a_weight_the_budget_counts_for_nothing() -> None:
 
 
 @torch.no_grad()
-def test_a_sharp_mask_is_what_is_done_at_rest() -> None:
+@pytest.mark.parametrize("sharpness", [1.0, 50.0])
+def test_what_is_masked_in_training_is_gone_at_rest(sharpness: float) -> None:
     model, inputs = image_model()
-    method = AdaptiveSparseViT((0,), start=0.8, sharpness=1e4)
+    method = AdaptiveSparseViT((0,), start=0.8, sharpness=sharpness)
     with attach(model, method) as run:
         rest = run(**inputs).logits
         model.train()
@@ -193,7 +206,7 @@ def test_thresholds_begin_where_they_are_told() -> None:
 
 
 @torch.no_grad()
-def test_a_patch_at_the_threshold_itself_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_at_the_threshold_itself_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = image_model()
     one, scored, seen = inputs["pixel_values"][:1], AdaptiveSparseViT.scored, []
 
@@ -210,4 +223,9 @@ def test_a_patch_at_the_threshold_itself_stays(monkeypatch: pytest.MonkeyPatch) 
     with attach(model, AdaptiveSparseViT((0,), start=float(patches[5]))) as run:
         run(pixel_values=one)
     hook.remove()
-    assert counts[0] == 1 + len(patches) - 5
+    assert counts[0] == 1 + len(patches) - 6
+
+
+def test_the_first_token_is_no_patch_though_it_is_called_one() -> None:
+    call = Bare(Shape(b=1, q=5, k=5), rules=()).call
+    assert _free(1, replace(call, roles={"patches": Region(((0, 4),))})).tolist() == [[False, True, True, True, False]]

@@ -1,7 +1,8 @@
-"""s_i = p sum_h a_i^h |o_i^h| / sum_g |o_i^g|, of the class token's weights a; patch i is dropped below theta."""
+"""s_i = p sum_h a_i^h |o_i^h| / sum_g |o_i^g|, of the class token's weights a; patch i stays above theta."""
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -13,17 +14,18 @@ from heedful.core.method import Layer
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.kit.merging import MergesTokens, is_fixed, kept
+from heedful.kit.running import wide
 from heedful.kit.scores import scores_of
 
 STAYS, OPEN, SHARES = "stays", "open", "shares"
-LEAST = -20.0  # the lowest logarithm of a soft mask: a key so far down gets nothing that counts
+LEAST = -20.0  # the logarithm of a mask that is zero: a key so far down gets nothing that counts
 
 
 class AdaptiveSparseViT(MergesTokens):
     """Drops behind some layers the patches that the class token looks at less than a learned threshold.
 
-    While a model trains, patches are masked softly in the attention of later layers, so that thresholds learn, and a
-    penalty draws the share of tokens that layers have to a budget. At rest they are gone.
+    While a model trains, patches are masked in the attention of later layers and thresholds learn as if the mask were
+    soft, and a penalty draws the share of tokens that layers have to a budget. At rest they are gone.
     """
 
     paper = Paper(
@@ -34,19 +36,20 @@ class AdaptiveSparseViT(MergesTokens):
         "2209.13802",
         "IJCAI 2023",
         differs=(
-            "The authors' text was at hand in part and their code not at all: what a head's importance to a token is "
-            "(the norm of what it hands over), scores in units of the mean patch and the temperature are ours.",
-            "A soft mask adds its logarithm to scores; the authors multiply tokens with it, so that a token that is "
-            "masked still takes weight from others, which it does not once it is dropped.",
+            "Scores are in units of what a patch gets on average; the authors' are plain weights, of which thresholds "
+            "begin at 0.001, 0.002 and 0.003.",
+            "Each image drops what lies below the threshold; the authors' code does where it has one image, and keeps "
+            "of each image of several as many as all keep on average.",
+            "In training a masked patch does not see itself any more than others do; in the authors' code it does.",
             "The budget is the mean share of patches over layers, for which the authors count operations; their loss "
             "that keeps a model near an unpruned one is left out.",
         ),
     )
-    layers: tuple[int, ...] = (3, 6, 9)  # behind which patches are dropped
-    budget: float = 0.7  # the mean share of patches that layers are to have
-    weight: float = 2.0  # of the penalty for missing the budget; 0: none
+    layers: tuple[int, ...] = (3, 6, 9)  # behind which patches are dropped; the authors: 3, 6 and 9 of 12
+    budget: float = 0.7  # the mean share of patches that layers are to have; the authors: 0.7, of operations
+    weight: float = 2.0  # of the penalty for missing the budget, 0: none; the authors: 2
     start: float = 0.5  # thresholds before training; 1 is what a patch gets if all get the same
-    sharpness: float = 10.0  # of the soft mask, sigmoid(sharpness (s - theta))
+    sharpness: float = 50.0  # of sigmoid(sharpness (s - theta)), which thresholds learn by; the authors: 10,000 / 196
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 0:
@@ -56,7 +59,7 @@ class AdaptiveSparseViT(MergesTokens):
         if self.weight < 0:
             raise FieldError(self, "weight", self.weight, "must be 0 or more", 2.0)
         if self.sharpness <= 0:
-            raise FieldError(self, "sharpness", self.sharpness, "must be above 0", 10.0)
+            raise FieldError(self, "sharpness", self.sharpness, "must be above 0", 50.0)
 
     @classmethod
     def example(cls) -> AdaptiveSparseViT:
@@ -68,21 +71,22 @@ class AdaptiveSparseViT(MergesTokens):
     @at(Site.SCORES, training=True)
     def mask(self, scores: Tensor, call: Call) -> Tensor:
         still = call.state.forward.get(OPEN)
-        return scores if still is None else scores + still[:, None, None, call.cols]
+        return scores if still is None else scores + still[:, None, None, call.cols].to(scores.dtype)
 
     @reads(Site.HEAD_OUTPUT)
     def look(self, heads: Tensor, call: Call) -> None:
-        """Decide which patches later layers see: softly where the model trains, else for good."""
+        """Decide which patches later layers see: by a mask where the model trains, else for good."""
         if call.layer not in self.layers:
             return
         forward, free = call.state.forward, _free(len(heads), call)
         still = forward.get(OPEN) if call.training else None
         above = self.scored(heads, call, free, still) - call.params["threshold"].to(heads)
         if call.training:
-            new = torch.nn.functional.logsigmoid(self.sharpness * above).clamp(min=LEAST).masked_fill(~free, 0.0)
-            forward[OPEN] = new if still is None else new + still
+            (soft,) = wide(torch.sigmoid(self.sharpness * above))
+            hard = (above > 0).to(soft.dtype).clamp(min=math.exp(LEAST))
+            forward[OPEN] = (hard + (soft - soft.detach())).log().masked_fill(~free, 0.0)  # hard, and learns as soft
         else:
-            forward[STAYS] = (above >= 0) | ~free
+            forward[STAYS] = (above > 0) | ~free
 
     def scored(self, heads: Tensor, call: Call, free: Tensor, still: Tensor | None) -> Tensor:
         """What the class token gives each token, in units of what a patch gets on average, `[b n]`."""
@@ -111,9 +115,9 @@ class AdaptiveSparseViT(MergesTokens):
         forward, free = call.state.forward, _free(len(stream), call)
         shares: tuple[Tensor, ...] = forward.get(SHARES, (stream.new_ones(()),))  # all in the first
         if call.ends_list:
-            return self.weight * (torch.stack(shares).mean() - self.budget) ** 2
+            return self.weight * (torch.stack(shares).mean() - self.budget).abs()
         still = forward.get(OPEN, torch.zeros_like(stream[..., 0]))
-        forward[SHARES] = (*shares, still.exp()[free].mean())
+        forward[SHARES] = (*shares, still.exp()[free].mean().to(stream.dtype))
         return None
 
 

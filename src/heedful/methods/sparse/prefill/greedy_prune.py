@@ -30,9 +30,11 @@ class GreedyPrune(PickedPatches):
         "2506.13166",
         "arXiv",
         differs=(
-            "Only the abstract and summaries could be read: a greedy choice by saliency and diversity is theirs, the "
-            "sum that is maximised, its scales and its weight are ours.",
-            "Saliency comes from the encoder alone, so that one choice serves every question.",
+            "Only the abstract and others' accounts could be read: a greedy choice by saliency and diversity is "
+            "theirs, the sum that is maximised, its scales and its weight are ours. By an account the authors keep the "
+            "most salient patch, strike out all that are more alike to it than a threshold, and so on.",
+            "Saliency comes from the encoder alone, so that one choice serves every question; the authors', by two "
+            "accounts, is the cosine of a patch with the question's last token in the language model.",
             "What is unlike is told by the input of the encoder layer's attention, behind the norm of that layer.",
             "A patch that goes is seen by nobody behind the layer, and keeps its place.",
         ),
