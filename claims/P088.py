@@ -1,7 +1,7 @@
 """FocusDirections: do learned directions turn heads, and the answer, towards the relevant line among distractors?
 
-The effect is the answer's. The chosen heads' mean mass on held-out texts, beside it in the record, need not rise with
-it: the fit raises the mean of the mass's logarithm, on its own texts.
+The effect is the chosen heads' mean mass on held-out texts, which the fit raises on its own; the answer's
+log-probability stands beside it in the record.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def test_no_contrast_is_one_run() -> None:
 
 def test_defaults_and_wrong_fields() -> None:
     method = DAMRO()
-    assert (method.alpha, method.beta, method.count, method.layer) == (1.0, 0.1, 10, 22)
+    assert (method.alpha, method.beta, method.count, method.layer) == (2.0, 0.1, 10, 22)
     assert (DAMRO(count=1).count, DAMRO(layer=0).layer) == (1, 0)
     for settings, match in (
         ({"count": 0}, r"DAMRO\.count = 0"), ({"layer": -1}, r"DAMRO\.layer = -1"), ({"alpha": -1.0}, r"DAMRO\.alpha"),

@@ -20,56 +20,50 @@ ROLES = {"relevant": ((3, 6),)}
 
 
 def _directions(layer: int = 1) -> Fitted:
-    draw = torch.Generator().manual_seed(1)
     q = torch.zeros(4, 8)
-    q[2] = 3 * torch.randn(8, generator=draw)
-    return Fitted({f"q.{layer}": q, f"k.{layer}": torch.randn(2, 8, generator=draw)})
+    q[2] = 3 * torch.randn(8, generator=torch.Generator().manual_seed(1))
+    return Fitted({f"q.{layer}": q})
 
 
-def test_directions_are_biases_of_the_projections() -> None:
-    """Before rotary embedding: what q_proj and k_proj would do with these biases, also with a cache and padding."""
-    model, other = (models.tiny("llama", attention_bias=True) for _ in range(2))
+def test_directions_are_added_behind_rotary_embedding() -> None:
+    """As the authors' model code has it, also with a cache and padding; their keys' direction changes nothing."""
+    model = models.tiny("llama")
     directions, alpha = _directions(), 0.7
+    ids = models.tiny_inputs(model, length=15)["input_ids"]
+    keys = torch.randn(4, 1, 8)  # one for each query head, on repeated keys
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        q, k, v = turn(q), turn(k).repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        if layer == 1:
+            q, k = q + alpha * directions["q.1"][:, None], k + alpha * keys
+        return heads_of(causal_map(q, k), v)
+
     with torch.no_grad():
-        for side in ("q", "k"):
-            bias = other.get_submodule(f"model.layers.1.self_attn.{side}_proj").bias
-            bias += alpha * directions[f"{side}.1"].flatten()
-        ids = models.tiny_inputs(model, length=15)["input_ids"]
+        wanted = model.lm_head(llama_states(model, ids, attend))
+        native = model(input_ids=ids).logits
         padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), ids], 1)
-        mask = (padded > 0).long()
-        native, wanted = model(input_ids=ids).logits, other(input_ids=ids).logits
         with attach(model, FocusDirections(alpha, directions=directions)) as run:
             assert close_model(run(input_ids=ids).logits, wanted)
-            assert close_model(run(input_ids=padded, attention_mask=mask).logits[:, 4:], wanted)
+            mask = (padded > 0).long()
+            places = (mask.cumsum(-1) - 1).clamp(min=0)
+            found = run(input_ids=padded, attention_mask=mask, position_ids=places).logits
+            assert close_model(found[:, 4:], wanted)
             first = run(input_ids=ids[:, :9], use_cache=True)
-            second = run(input_ids=ids[:, 9:14], **{CACHE: first[CACHE]})
-            third = run(input_ids=ids[:, 14:], **{CACHE: second[CACHE]})
-    assert close_model(torch.cat([first.logits, second.logits, third.logits], 1), wanted)
+            second = run(input_ids=ids[:, 9:], **{CACHE: first[CACHE]})
+    assert close_model(torch.cat([first.logits, second.logits], 1), wanted)
     assert not close_model(native, wanted)
 
 
-def test_without_rotary_embedding_softmax_forgets_the_keys_direction() -> None:
-    model, one = models.tiny("gpt2"), _directions()
-    key = torch.randn(4, 8)
-    logits = []
-    with torch.no_grad():
-        for k in (key, -2 * key):
-            method = FocusDirections(0.5, directions=Fitted({"q.1": one["q.1"], "k.1": k}))
-            with attach(model, method, backend="reference") as run:
-                logits.append(run(**models.tiny_inputs(model, length=15)).logits)
-    assert close_model(logits[0], logits[1])
-
-
 def test_the_formula() -> None:
-    """Without rotary embedding, against scores by hand: (q + alpha d_Q)(k + alpha d_K); other heads untouched."""
+    """Without rotary embedding, against scores by hand: (q + alpha d) k; other heads untouched."""
     from heedful.conformance.bare import Bare
 
     bare, directions = Bare(), _directions(layer=0)
     heads, _ = bare.run(FocusDirections(0.5, directions=directions), "reference")
     plain, _ = bare.run(FocusDirections(0.0), "reference")
     q = bare.q + 0.5 * directions["q.0"][:, None]
-    k = (bare.k + 0.5 * directions["k.0"][:, None]).repeat_interleave(2, 1)
-    scores = (q @ k.mT * bare.call.scale).masked_fill(~torch.ones(19, 19, dtype=torch.bool).tril(), float("-inf"))
+    scores = q @ bare.k.repeat_interleave(2, 1).mT * bare.call.scale
+    scores = scores.masked_fill(~torch.ones(19, 19, dtype=torch.bool).tril(), float("-inf"))
     assert close(heads, scores.softmax(-1) @ bare.v.repeat_interleave(2, 1))
     assert close(heads[:, [0, 1, 3]], plain[:, [0, 1, 3]])
     assert not close(heads[:, 2], plain[:, 2])
@@ -111,37 +105,44 @@ def test_a_fit_raises_the_mass_and_leaves_the_model_alone() -> None:
     assert masses[1] > masses[0]
 
 
-def test_the_first_step_goes_down_minus_the_log_of_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("response", [None, (7, 9)])
+def test_each_layers_first_step_goes_down_minus_the_mass(
+    monkeypatch: pytest.MonkeyPatch, response: tuple[int, int] | None
+) -> None:
+    """By the authors' training code: of each layer alone, the mean over chosen heads and over the response's rows."""
     model, kept = models.tiny("llama"), Steps(monkeypatch)
     ids = models.tiny_inputs(model, length=10)["input_ids"]
-    q0, k0 = ([torch.zeros(h, 8, requires_grad=True) for _ in range(2)] for h in (4, 2))
-    masses: dict[tuple[int, int], Tensor] = {}
+    asking = range(*response) if response else [9]
+    given = [torch.zeros(4, 8, requires_grad=True) for _ in range(2)]
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
-        weights = causal_map(turn(q + q0[layer][:, None]), turn(k + k0[layer][:, None]))
-        for h in range(4):
-            masses[layer, h] = sum(weights[b, h, -1, j] for b in range(2) for j in range(3, 6)) / 2
-        return heads_of(weights, v)
+    def masses(learning: int) -> dict[tuple[int, int], Tensor]:
+        found: dict[tuple[int, int], Tensor] = {}
 
-    llama_states(model, ids, attend)
-    chosen = sorted(masses, key=lambda at: -float(masses[at].detach()))[:3]
-    loss = -sum(masses[at].log() for at in chosen) / 3
-    wanted = torch.autograd.grad(loss, [x for pair in zip(q0, k0, strict=True) for x in pair], allow_unused=True)
-    wanted = [torch.zeros(1) if x is None else x for x in wanted]
-    method = fit(FocusDirections(heads=3, epochs=1, rate=0.01), model, [{"input_ids": ids, "roles": ROLES}])
-    layers = sorted({layer for layer, _ in chosen})
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+            added = given[layer][:, None] if layer == learning else 0.0
+            weights = causal_map(turn(q) + added, turn(k).repeat_interleave(2, 1))
+            for h in range(4):
+                each = [weights[b, h, i, j] for b in range(2) for i in asking for j in range(3, 6)]
+                found[layer, h] = sum(each) / (2 * len(asking))
+            return heads_of(weights, v)
+
+        llama_states(model, ids, attend)
+        return found
+
+    plain = masses(-1)
+    chosen = sorted(plain, key=lambda at: -float(plain[at].detach()))[:5]
+    roles = ROLES if response is None else {**ROLES, "response": (response,)}
+    method = fit(FocusDirections(heads=5, epochs=1, rate=0.01), model, [{"input_ids": ids, "roles": roles}])
+    layers = list(dict.fromkeys(layer for layer, _ in chosen))  # each learns once, the layer of the best head first
     assert method.directions is not None
-    assert sorted({int(name[2:]) for name in method.directions}) == layers
-    assert kept.settings == [{"lr": 0.01, "eps": 1e-4, "weight_decay": 0.0}]
-    mine = {(tuple(x.shape), i): x for i, x in enumerate(kept.grads[0])}
-    assert len(mine) == 2 * len(layers)
-    for (_, i), found in mine.items():
-        layer, side = layers[i // 2], i % 2
-        want = wanted[2 * layer + side].clone()
-        rows = {h * len(want) // 4 for n, h in chosen if n == layer}
-        for row in range(len(want)):
-            want[row] *= row in rows  # other heads' directions do not learn
-        assert close_model(found, want), (layer, side)
+    assert set(method.directions) == {f"q.{layer}" for layer in layers}
+    assert kept.settings == [{"lr": 0.01}] * len(layers)
+    for layer, grads in zip(layers, kept.grads, strict=True):
+        mine = [h for n, h in chosen if n == layer]
+        loss = -sum(masses(layer)[layer, h] for h in mine) / len(mine)
+        (wanted,) = torch.autograd.grad(loss, [given[layer]])
+        assert close_model(grads[0], wanted)
+        assert {h for h in range(4) if bool(method.directions[f"q.{layer}"][h].any())} == set(mine)
     assert kept.before[0][0].count_nonzero() == 0
 
 
@@ -214,12 +215,9 @@ def test_random_directions_are_the_seeds_own() -> None:
     from heedful.conformance.bare import Bare
 
     bare = Bare()
-    for side, place in (("q", 0), ("k", 1)):
-        for layer in (0, 1):
-            x = torch.zeros(2, 4 - 2 * place, 5, 8)
-            found = FocusDirections(seed=3)._direction(x, side, replace(bare.call, layer=layer))
-            draw = torch.Generator().manual_seed(2 * (4099 * 3 + layer) + place)
-            assert torch.equal(found, torch.randn(4 - 2 * place, 8, generator=draw))
+    for layer in (0, 1):
+        found = FocusDirections(seed=3)._direction(torch.zeros(2, 4, 5, 8), replace(bare.call, layer=layer))
+        assert torch.equal(found, torch.randn(4, 8, generator=torch.Generator().manual_seed(4099 * 3 + layer)))
 
 
 def test_a_cropped_text_goes_on_from_where_it_was_cropped() -> None:

@@ -43,7 +43,7 @@ class ASGuard(Method):
     )
     count: int = 11  # heads that a fit takes; the authors' Llama-3.1-8B: 11
     epochs: int = 3  # passes over the attacks, a batch a step; the authors' code: 3
-    rate: float = 1e-3  # AdamW's learning rate, its weight decay being 0.01; the authors' code: 1e-3
+    rate: float = 1e-3  # AdamW's, its weight decay being 0.01; the authors' code: 1e-3, their script: 0.05
     heads: tuple[Head, ...] = ()  # (layer, head) pairs to scale in place of found ones
     scales: Fitted | None = None  # "s.LAYER" [h d], 1 in heads that were not taken, from a fit
     seed: int | None = None  # without a fit: random scales from 0 to 2 in every head

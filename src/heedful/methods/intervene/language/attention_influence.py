@@ -35,11 +35,11 @@ class AttentionInfluence(Method):
         "2505.07293",
         "arXiv",
         differs=(
-            "The authors' full text was not at hand, and their code is not public: masking, score and the share of "
-            "heads follow summaries of the paper.",
             "The copying that heads are found by is whatever the batches hold; the authors ask three-shot for answers "
             "under random keys.",
-            "A head's retrieval score counts how often it looks most at the needle's token that comes next.",
+            "A head's retrieval score counts how often it looks most at the needle's token that comes next, the answer "
+            "being given; the authors' model writes it, and each token of the needle counts once that it wrote where "
+            "the head looked at it most.",
             "What a learned sink logit takes of a row stays what it is.",
             "What is chosen by the scores, and training on it, is left to the user.",
         ),

@@ -1,4 +1,4 @@
-"""Learned directions: softmax((Q + alpha d_Q)(K + alpha d_K)^T / sqrt(d)) in the heads that look at relevant text."""
+"""Learned directions: softmax((q + alpha d) K^T / sqrt(d)) in the heads that look at relevant text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Layer, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
-from heedful.core.state import ByIndex
 from heedful.core.stats import Mean, Statistic, Sum
-from heedful.kit.seeds import seed_of
+from heedful.kit.seeds import drawn_for
+
+_Split = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 class FocusDirections(Method):
-    """Adds a direction to the queries, and one to the keys, of the heads that attend most to relevant text."""
+    """Adds a direction to the queries of the heads that attend most to relevant text.
+
+    `fit` takes batches with "roles" that mark the relevant text, and, if there is one, the model's "response": its
+    tokens are those that shall look there. Without it a text's last token is.
+    """
 
     paper = Paper(
         "P088",
@@ -30,19 +35,20 @@ class FocusDirections(Method):
         2025,
         "2503.23306",
         differs=(
-            "No authors' code was found: the loss (minus the log of each chosen head's mass on the relevant text, from "
-            "the last token) and the optimiser follow accounts of the paper.",
-            "Directions are added before rotary embedding, which the paper leaves open: only so do they not care where "
-            "a text begins, and only so does d_K matter (without rotary embedding softmax forgets it).",
-            "With grouped heads there is one d_K for each key head.",
-            "Directions are learned at strength 1 and used at strength alpha.",
+            "Keys get no direction. The paper adds one to them too, in the authors' code after rotary embedding, as "
+            "here to queries: it adds one number to all scores of a row, which softmax forgets.",
+            "The authors train directions for all heads and keep those of the chosen ones, which comes to the same.",
+            "Directions start at zero, the authors' at noise of spread 0.01; a fit takes one batch a step, in their "
+            "order, the authors' one text, in an order that is drawn.",
+            "The response is the caller's to write; the authors' is what the model answers when it is shown the "
+            "relevant text alone, and, to choose heads by, all of it.",
         ),
     )
-    alpha: float = 0.3  # strength; the paper's best: 0.3, below 0 turns away
+    alpha: float = 0.3  # strength; the paper's best: 0.3, the authors' script: 0.2; below 0 turns away
     heads: int = 20  # heads that a fit chooses; the paper: 20
     epochs: int = 10  # passes of a fit over its batches; the paper: 10
     rate: float = 1e-3  # AdamW's learning rate in a fit; the paper: 1e-3
-    directions: Fitted | None = None  # q.<layer> [h d] and k.<layer> [g d], zero in heads that were not chosen
+    directions: Fitted | None = None  # q.<layer> [h d], zero in heads that were not chosen
     seed: int | None = None  # without a fit: random directions in every head, the paper's control
 
     def __post_init__(self) -> None:
@@ -67,49 +73,20 @@ class FocusDirections(Method):
             return self.alpha == 0
         if any(int(name.partition(".")[2]) >= call.depth for name in self.directions):
             raise self._misfit(f"this one has {call.depth} layers")
-        return not {f"q.{call.layer}", f"k.{call.layer}"} & self.directions.keys()
+        return f"q.{call.layer}" not in self.directions
 
     @at(Site.QUERY)
-    def turn_queries(self, query: Tensor, call: Call) -> Tensor:
-        added = self._added(query, "q", call)
-        return query if added is None else query + self.alpha * added
+    def turn(self, query: Tensor, call: Call) -> Tensor:
+        return query + self.alpha * self._direction(query, call).to(query)[:, None]
 
-    @at(Site.KEY)
-    def turn_keys(self, key: Tensor, call: Call) -> Tensor:
-        added = self._added(key, "k", call)
-        if added is None:
-            return key
-        if call.rotate is not None:
-            added, start = added.expand(len(key), -1, -1, -1), call.queries.first or 0
-            # cached keys were turned in earlier calls, and the cache holds them as they were
-            before = call.state.cache.get("keys", added[:, :, :0])[:, :, :start]
-            if before.shape[2] < start:
-                rule = "must be turned from the text's first token on; read the whole text under this method"
-                raise FieldError(self, "keys", before.shape[2], rule, start)
-            added = torch.cat([before, added], 2)
-            call.state.cache["keys"] = ByIndex(added, 2)
-            place = call.keys.index.clamp(max=added.shape[2] - 1)[..., None]
-            added = added.gather(2, place.expand(key.shape))
-        return key + self.alpha * added
-
-    def _added(self, x: Tensor, side: str, call: Call) -> Tensor | None:
-        """The direction as this call's tokens hold it, `[b|1 heads n d]`; None where nothing is added."""
-        direction = self._direction(x, side, call)
-        if direction is None:
-            return None
-        flat = direction.to(x)[None, :, None]
-        return flat if call.rotate is None else call.rotate(flat)
-
-    def _direction(self, x: Tensor, side: str, call: Call) -> Tensor | None:
-        """What to add to every token of `x [b heads n d]`, `[heads d]`."""
-        shape = (x.shape[1], x.shape[3])
+    def _direction(self, query: Tensor, call: Call) -> Tensor:
+        """What is added to every token of `query [b h n d]`, `[h d]`."""
+        shape = (query.shape[1], query.shape[3])
         if self.directions is None:
-            seed = 4099 * seed_of(self, "directions") + call.layer
-            source = torch.Generator().manual_seed(2 * seed + (side == "k"))
-            return torch.randn(shape, generator=source)
-        found = self.directions.get(f"{side}.{call.layer}")
-        if found is not None and found.shape != shape:
-            raise self._misfit(f"[{side} d] is {list(shape)} here")
+            return torch.randn(shape, generator=drawn_for(self, "directions", call.layer))
+        found = self.directions[f"q.{call.layer}"]
+        if found.shape != shape:
+            raise self._misfit(f"[h d] is {list(shape)} here")
         return found
 
     def _misfit(self, here: str) -> FieldError:
@@ -117,7 +94,7 @@ class FocusDirections(Method):
         return FieldError(self, "directions", self.directions, f"was fitted to another model; {here}", good)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> FocusDirections:
-        """Rank heads by their mass on the role "relevant", and learn directions for the best of them.
+        """Rank heads by their mass on the role "relevant", and learn directions for the best, each layer by itself.
 
         A batch holds the model's inputs and "roles": {"relevant": spans}, the same spans for every text in it.
         """
@@ -131,28 +108,31 @@ class FocusDirections(Method):
                 run(**inputs)
             mass = run[reader]
         ranked = sorted((-float(m), layer, i) for layer, row in mass.items() for i, m in enumerate(row))
-        chosen = [(layer, i) for _, layer, i in ranked[: self.heads]]
-        layers = sorted({layer for layer, _ in chosen})
-        stack = _Learner(chosen=tuple(chosen)).on(layers=layers) | reader.on(layers=layers)
+        chosen: dict[int, list[int]] = {}
+        for _, layer, head in ranked[: self.heads]:
+            chosen.setdefault(layer, []).append(head)
+        learned = {f"q.{layer}": self._learned(context, split, layer, heads) for layer, heads in chosen.items()}
+        return replace(self, directions=Fitted(learned))
+
+    def _learned(self, context: FitContext, split: _Split, layer: int, heads: list[int]) -> Tensor:
+        """The directions of a layer's heads `[h d]`, in a model that is as it was in all others."""
+        stack = _Learner(mine=tuple(heads)).on(layers=layer) | _Mass().on(layers=layer)
         with context.attach(stack) as run:
-            # a large eps: without rotary embedding d_K's gradient is rounding noise, which must not grow a direction
-            optimiser = torch.optim.AdamW(run.parameters(), lr=self.rate, eps=1e-4, weight_decay=0.0)
+            optimiser = torch.optim.AdamW(run.parameters(), lr=self.rate)
             for _ in range(self.epochs):
                 for inputs, run.roles in split:
                     run.reset()
                     run(**inputs)
-                    mass = run[stack.parts[1]]
-                    loss = -torch.stack([mass[layer][i].clamp(min=1e-9).log() for layer, i in chosen]).mean()
+                    loss = -run[stack.parts[1]][layer][heads].mean()
                     optimiser.zero_grad()
                     loss.backward()
                     optimiser.step()
-            learned = run.state_dict()
-        names = {place: place.split(".") for place in learned}  # part.layer.side
-        return replace(self, directions=Fitted({f"{side}.{n}": learned[p] for p, (_, n, side) in names.items()}))
+            (found,) = run.state_dict().values()
+        return found
 
 
 class _Mass(Method):
-    """Each head's weight from a text's last token on the role "relevant"; keeps the gradient."""
+    """Each head's weight on the role "relevant", from the "response" or a text's last token; keeps the gradient."""
 
     @reads(Site.PATTERN)
     def relevant(self, pattern: Tensor, call: Call) -> Statistic:
@@ -162,26 +142,32 @@ class _Mass(Method):
         return Sum(out)
 
     def finish(self, statistic: Statistic, call: Call) -> Statistic:
-        found = statistic.value
-        last = found.gather(-1, call.last[..., None].expand(*found.shape[:2], 1)).sum((0, 2))
-        return Mean(last, torch.full_like(last, len(found)))
+        found = statistic.value  # [b h n]
+        if "response" in call.roles:
+            asks = call.spread(call.marked_queries("response") & call.is_text).to(found)
+            each = (found * asks).sum(-1) / asks.sum(-1).clamp(min=1)
+        else:
+            each = found.gather(-1, call.last[..., None].expand(*found.shape[:2], 1))[..., 0]
+        total = each.sum(0)
+        return Mean(total, torch.full_like(total, len(found)))
 
     def answer(self, readings: Readings) -> dict[int, Tensor]:
         return {layer: statistic.value for layer, statistic in readings.items()}
 
 
 class _Learner(FocusDirections):
-    """Directions that learn, at strength 1, zero elsewhere than in the chosen heads."""
+    """Directions that learn, at strength 1, zero elsewhere than in some heads."""
 
     alpha: float = 1.0
-    chosen: tuple[tuple[int, int], ...] = ()  # (layer, head)
+    mine: tuple[int, ...] = ()
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        return {"q": torch.zeros(layer.heads, layer.head_dim), "k": torch.zeros(layer.kv_heads, layer.head_dim)}
+        return {"q": torch.zeros(layer.heads, layer.head_dim)}
 
-    def _direction(self, x: Tensor, side: str, call: Call) -> Tensor:
-        mine = [i * x.shape[1] // call.heads for layer, i in self.chosen if layer == call.layer]
-        return torch.zeros_like(call.params[side]).index_put((torch.tensor(mine),), call.params[side][mine])
+    def _direction(self, query: Tensor, call: Call) -> Tensor:
+        learns = torch.zeros(call.heads, 1, device=query.device)
+        learns[list(self.mine)] = 1.0
+        return call.params["q"] * learns
 
 
 if __name__ == "__main__":

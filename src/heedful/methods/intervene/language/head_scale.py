@@ -39,8 +39,8 @@ class HeadScale(Method):
             "The paper's scale for each length could not be read; the default and the fit's start are the authors' "
             "script's for 8k tokens from 2k.",
             "The fit follows the authors' script (AdamW with betas 0.9 and 0.95, warm-up over a tenth of the steps, "
-            "then a cosine to a tenth of the rate, gradients clipped at 1, factors held at `least` or above), one "
-            "batch a step.",
+            "then a cosine to a tenth of the rate, gradients clipped at 1, factors held at `least` or above), with one "
+            "batch a step where theirs has 8 texts; its warm-up begins a step further on, theirs with a rate of 0.",
         ),
     )
     scale: float = 1.6  # factor on the scores of every head, and a fit's start; the authors' script: 1.6

@@ -36,7 +36,6 @@ class LoFiT(Method):
         differs=(
             "The rates, the penalty and the five passes are those of the authors' scripts for one task; the paper "
             "chooses them for each.",
-            "How the authors' trainer adds the penalty up was not at hand: here it is the sum of |a| over all heads.",
             "The paper also tells how to train offsets by preferences (DPO); here the loss is the model's own.",
         ),
     )

@@ -31,7 +31,8 @@ class LearnableTaskVector(Method):
         "Findings of ACL 2025",
         differs=(
             "A head's share of the stream is its own part of the output projection, as in the authors' regression "
-            "code; their language code cuts the projection's whole output into as many pieces as there are heads.",
+            "code, without the projection's bias, which theirs has in every share; their language code cuts the "
+            "projection's whole output into as many pieces as there are heads.",
             "Only the prompt's last token gets the vector; the authors' code gives it to every generated token too.",
             "The weights of the last step are kept, not those of the lowest loss, and examples are the caller's, not "
             "drawn anew for each step with shuffled answers.",
@@ -42,7 +43,7 @@ class LearnableTaskVector(Method):
     chunk_invariant = False  # a prompt read in pieces has the last token of every piece edited
     vectors: Fitted | None = None  # v.<layer> [e] and the weights w.<layer> [h], from a fit
     strength: float = 1.0  # factor on the vectors; the authors: 1
-    steps: int = 2000  # gradient steps of a fit; the authors' code: 2000
+    steps: int = 2000  # gradient steps of a fit; the authors' code: up to 100000, whose best are kept
     rate: float = 5e-5  # Adam's learning rate in a fit; the authors' code: 5e-5
     start: float = 1.0  # spread of the random weights that a fit starts from; the authors' code: 1
     seed: int | None = None  # without a fit: random vectors; in a fit: of the first weights, 0 unless given

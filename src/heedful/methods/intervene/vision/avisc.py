@@ -33,7 +33,8 @@ class _Emptied(Method):
 class AvisC(Against):
     """Contrasts what a model says with what it says from the image tokens that it stares at, all others emptied.
 
-    Layers count until together they have the share `gamma` of what all layers give to the image.
+    These are told once, at the end of the prompt, for all that is decoded. Layers count until together they have the
+    share `gamma` of what all layers give to the image.
     """
 
     paper = Paper(
@@ -43,14 +44,10 @@ class AvisC(Against):
         2024,
         "2405.17820",
         "Findings of ACL 2025",
-        differs=(
-            "Blind tokens are told once, at the end of the prompt, for all that is decoded; the formulas are those of "
-            "another project's form of the authors' code, and the number of standard deviations is the paper's.",
-            "Any spans may stand for the image.",
-        ),
+        differs=("Any spans may stand for the image.",),
     )
     gamma: float = 0.5  # share of the attention to the image that the layers have which are listened to
-    deviations: float = 1.0  # lambda: how many standard deviations above the mean a token is blind
+    deviations: float = 1.0  # lambda: how many standard deviations above the mean a token is blind; the authors: 1
     role: str = "image"  # the spans of the prompt that stand for the image
     emptied: tuple[int, ...] | None = None  # tokens that come in as zeros; None: told by each prompt
     first: int = 0  # the layer before which they are emptied, the language model's first

@@ -52,7 +52,7 @@ class ControlMLLM(Method):
     role: str = "marked"  # the part to look at
     image: str = "image"  # the tokens that the latent is added to
     question: str = ""  # the words that shall look; "": all after the image, as in the paper
-    steps: int = 4  # the authors: 4, and 5 in their demo
+    steps: int = 4  # the authors: 4 for words in an image, 5 for things
     rate: float = 400.0  # step size on the energy; the authors: 400, as a factor on it
     blend: float = 0.5  # of the new latent in what is added, the rest being what was before; the authors: 0.5
     enough: float = 0.25  # stops once the energy changed by this share; the authors: 0.25

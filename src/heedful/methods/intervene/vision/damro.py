@@ -37,13 +37,12 @@ class DAMRO(Against):
         "EMNLP 2024",
         differs=(
             "Tokens that are no outliers are seen by nobody and keep their places; the authors take them out.",
-            "The layer is the one that hands its tokens on, LLaVA's last but one; the authors' code looks at the last, "
-            "whose tokens LLaVA does not read.",
             "Weights are the mean of the layer's heads; the authors' code has one softmax over the channels of all.",
         ),
     )
+    alpha: float = 2.0  # weight of the contrast; the authors' for LLaVA: 2, for InstructBLIP: 0.5 and 1.5
     count: int = 10  # how many outliers are left in the contrast; the authors' for LLaVA-1.5: 10
-    layer: int = 22  # of the encoder, whose class token is asked
+    layer: int = 22  # of the encoder, whose class token is asked: LLaVA's last but one, which hands its tokens on
 
     def __post_init__(self) -> None:
         super().__post_init__()
