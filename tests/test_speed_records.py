@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks.speed import attention, bars, cache, decoding, mechanisms, page, timing
 from heedful import models
 from heedful.conformance.tolerances import close
-from heedful.methods import ELA, MALA, NeighborhoodAttention, SinkWindow
+from heedful.core.method import Stack
+from heedful.methods import ELA, MALA, NeighborhoodAttention, RectifiedAttention, SigmoidAttention, SinkWindow
 from heedful.tiny import tiny, tiny_inputs
 
 
@@ -89,6 +90,34 @@ def test_mechanisms_are_timed_once_and_what_is_foretold_too_long_is_left(
     (whole,) = timing.load("mechanisms")
     assert sorted(row["tokens"] for row in whole["rows"] if "there" in row)[-3:] == [64, 64, 64]
     assert any("ELA (*both*)" in line for line in page.mechanisms(whole))
+    mechanisms.measure((16,), 2, again=("MALA",))
+    (other,) = timing.load("mechanisms")
+    kept = [[row for row in x["rows"] if (row["method"], row["tokens"]) != ("MALA", 16)] for x in (other, whole)]
+    assert kept[0] == kept[1], "what is not named is not timed again"
+
+
+def test_mechanisms_take_turns_with_one_softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    every = {type(m).__name__: m for m in (MALA(), SigmoidAttention(), RectifiedAttention())}
+    monkeypatch.setattr(mechanisms, "mechanisms", lambda: every)
+    asked: list[str] = []
+
+    def noted(made: Any, x: Any) -> Any:
+        asked.append(str(made.method))
+        return there(made, x)
+
+    there = mechanisms.there
+    for many, softmaxes in ((3, 1), (1, 3)):
+        asked.clear()
+        monkeypatch.setattr(mechanisms, "TOGETHER", many)
+        monkeypatch.setattr(mechanisms, "there", noted)
+        mechanisms.measure((16,), 2, again=tuple(every))
+        # each once for nothing and back, softmax once for all; then two turns of both ways
+        assert asked.count(str(Stack((RectifiedAttention(),)))) == 2 + 2 * 2
+        assert asked.count(str(Stack(()))) == 2 + 2 * 2 * softmaxes
+        (told,) = timing.load("mechanisms")
+        seconds = {row["there"]["softmax"]["seconds"] for row in told["rows"]}
+        assert len(seconds) == softmaxes
 
 
 def test_what_a_layer_takes_without_attention_is_taken_off_a_share() -> None:

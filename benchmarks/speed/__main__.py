@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--patience", type=float, default=20.0, help="seconds a step that a mechanism may be foretold to take"
     )
+    parser.add_argument("--again", nargs="*", default=[], help="mechanisms to be measured though they are recorded")
     parser.add_argument("--resume", action="store_true", help="take the losses of sparse methods that are recorded")
     parser.add_argument("--quick", action="store_true", help="short inputs and few rounds, as a try")
     given = parser.parse_args()
@@ -89,7 +90,7 @@ def main() -> None:
     if given.what in ("linear", "all"):
         linear.measure((512, 1024) if given.quick else (256, 512, 1024, 2048, 4096, 8192), 3 if given.quick else 5)
     if given.what in ("mechanisms", "all"):
-        mechanisms.measure((256, 1024) if given.quick else mechanisms.LENGTHS, 3, given.patience)
+        mechanisms.measure((256, 1024) if given.quick else mechanisms.LENGTHS, 3, given.patience, given.again)
     if given.what in ("training", "all"):
         training.measure((512, 1024) if given.quick else (1024, 2048, 4096, 8192), 3 if given.quick else 5)
     if given.what in ("peers", "all"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -32,6 +32,7 @@ CANNOT = "cannot: "
 WIDTH, HEADS = 64, 2
 LENGTHS = (1024, 4096, 16384)
 BASE = "softmax"
+TOGETHER = 8  # mechanisms that take turns with one softmax, which at the greatest length takes longer than most
 PATIENCE = 20.0  # seconds that one way there and back may take, as foretold by the length before
 
 
@@ -56,72 +57,114 @@ def and_back(made: Attention, x: Tensor) -> None:
 
 
 def spent(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """As `race`, in seconds of one core, which others on the machine do not take from it."""
+    """As `race`, in seconds of one core, which others on the machine do not take from it; all have run before."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
-        for turn in range(rounds + 1):
-            for name, way in ways.items():
-                began = time.process_time()
-                way()
-                if turn:
-                    taken[name].append(time.process_time() - began)
+        for _, (name, way) in product(range(rounds), ways.items()):
+            began = time.process_time()
+            way()
+            taken[name].append(time.process_time() - began)
     return timing.told(taken, BASE)
 
 
-def asked(method: Method, causal: bool, n: int, rounds: int) -> Row:
-    """One mechanism at one length."""
-    kinds: dict[str, Method | None] = {BASE: None, type(method).__name__: method}
-    made = {name: layer(kind, causal, n) for name, kind in kinds.items()}
-    row: Row = {"method": type(method).__name__, "settings": repr(method), "causal": causal, "tokens": n}
-    row["there"] = spent({name: partial(there, *each) for name, each in made.items()}, rounds)
-    row["and_back"] = spent({name: partial(and_back, *each) for name, each in made.items()}, rounds)
-    density = made[row["method"]][0].run.activity().density
-    if density:
-        row["density"] = round(min(1.0, sum(density.values()) / len(density) * (2 * n / (n + 1) if causal else 1)), 4)
-    return row
+Made = tuple[Attention, Tensor]
 
 
-def measure(lengths: tuple[int, ...] = LENGTHS, rounds: int = 3, patience: float = PATIENCE) -> None:
-    """Each mechanism that attends to its own text causally, or to both sides, from the shortest length on."""
+def warmed(method: Method | None, causal: bool, n: int) -> Made:
+    """A layer and its input that have run, there and there and back."""
+    made = layer(method, causal, n)
+    with torch.no_grad():
+        there(*made)
+    and_back(*made)
+    return made
+
+
+def asked(base: Made, made: Mapping[str, Made], causal: bool, n: int, rounds: int) -> list[Row]:
+    """Some mechanisms at one length, in turns with softmax."""
+    found = {
+        what: spent({name: partial(way, *each) for name, each in {BASE: base, **made}.items()}, rounds)
+        for what, way in zip(WAYS, (there, and_back), strict=True)
+    }
+    rows = []
+    for name, (attention, _) in made.items():
+        row: Row = {"method": name, "settings": repr(attention.method.parts[0]), "causal": causal, "tokens": n}
+        row |= {what: {x: told[x] for x in (BASE, name)} for what, told in found.items()}
+        if density := attention.run.activity().density:
+            whole = 2 * n / (n + 1) if causal else 1
+            row["density"] = round(min(1.0, sum(density.values()) / len(density) * whole), 4)
+        print(name, n, {what: row[what][name]["ratio"] for what in WAYS}, row.get("density", ""), flush=True)
+        rows.append(row)
+    return rows
+
+
+def measure(
+    lengths: tuple[int, ...] = LENGTHS, rounds: int = 3, patience: float = PATIENCE, again: Collection[str] = ()
+) -> None:
+    """Each mechanism that attends to its own text causally, or to both sides, from the shortest length on.
+
+    What is recorded is not measured again, but for those that are named.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     own = timing.label({"machine": timing.machine()})
     rows: list[Row] = [row for told in timing.load(NAME) if timing.label(told) == own for row in told["rows"]]
+    rows = [row for row in rows if row["method"] not in again or row["tokens"] not in lengths]
     answers = {name: row["found"] for name, row in json.loads(PATTERNS.read_text(encoding="utf-8"))["rows"].items()}
-    for n, (name, method) in product(lengths, mechanisms().items()):
-        found = answers.get(name, {})
-        causal = found.get("self, causal") == YES and "text" in method.subjects
-        if not causal and found.get("self") != YES:
-            continue
-        past = [row for row in rows if row["method"] == name and row["tokens"] <= n]
-        if past and (past[-1].get("why", "").startswith(CANNOT) or (past[-1]["tokens"] == n and "there" in past[-1])):
-            continue
-        rows = [row for row in rows if (row["method"], row["tokens"]) != (name, n)]
-        before = [row for row in past if row["tokens"] < n and "there" in row]
-        slowest = before[-1]["and_back"][name]["seconds"] * (n / before[-1]["tokens"]) ** 2 if before else 0.0
-        rows.append(_row(method, causal, n, rounds, slowest, patience))
-        timing.record(
-            NAME, rows, baseline=BASE, inputs=f"random, one text or square image, {HEADS} heads of {WIDTH // HEADS}"
-        )
+    for n, causal in product(lengths, (True, False)):
+        left = [
+            (name, method)
+            for name, method in mechanisms().items()
+            if _causal(method, answers.get(name, {})) is causal and _left(name, n, rows)
+        ]
+        base = warmed(None, causal, n) if left else None
+        for start in range(0, len(left), TOGETHER):
+            some = dict(left[start : start + TOGETHER])
+            made, new = _made(some, causal, n, rows, patience)
+            if base is not None and made:
+                new += asked(base, made, causal, n, rounds)
+            rows = [row for row in rows if row["method"] not in some or row["tokens"] != n] + new
+            timing.record(
+                NAME, rows, baseline=BASE, inputs=f"random, one text or square image, {HEADS} heads of {WIDTH // HEADS}"
+            )
     torch.set_num_threads(threads)
 
 
-def _row(method: Method, causal: bool, n: int, rounds: int, foretold: float, patience: float) -> Row:
-    name = type(method).__name__
-    row: Row = {"method": name, "causal": causal, "tokens": n}
-    if foretold > patience:
-        return row | {"why": f"{foretold:.0f} s a step foretold"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for made in (type(method), lambda: method):  # by its own settings, or its example's
-            try:
-                row = asked(made(), causal, n, rounds)
-                break
-            except (HeedfulError, TypeError) as error:
-                row["why"] = f"{CANNOT}{str(error).splitlines()[0]}"
-    ratios = {what: row[what][name]["ratio"] for what in WAYS if what in row}
-    print(name, n, ratios, row.get("density", ""), row.get("why", ""), flush=True)
-    return row
+def _causal(method: Method, found: Mapping[str, str]) -> bool | None:
+    """Whether a mechanism attends to the past of its own text, or to both sides; None: to neither."""
+    if found.get("self, causal") == YES and "text" in method.subjects:
+        return True
+    return False if found.get("self") == YES else None
+
+
+def _left(name: str, n: int, rows: list[Row]) -> bool:
+    """Whether there is still to be measured, or foretold, what a mechanism takes at a length."""
+    past = [row for row in rows if row["method"] == name and row["tokens"] <= n]
+    cannot = any(row.get("why", "").startswith(CANNOT) for row in past)
+    return not cannot and not any(row["tokens"] == n and "there" in row for row in past)
+
+
+def _made(
+    methods: Mapping[str, Method], causal: bool, n: int, past: list[Row], patience: float
+) -> tuple[dict[str, Made], list[Row]]:
+    """The layers that can be timed, and of the others why they are not."""
+    made, others = dict[str, Made](), list[Row]()
+    for name, method in methods.items():
+        before = [row for row in past if row["method"] == name and row["tokens"] < n and "there" in row]
+        last = max(before, key=lambda row: row["tokens"], default=None)
+        foretold = last["and_back"][name]["seconds"] * (n / last["tokens"]) ** 2 if last else 0.0
+        why = f"{foretold:.0f} s a step foretold"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for own in (type(method), lambda method=method: method) if foretold <= patience else ():
+                try:  # by its own settings, or its example's
+                    made[name] = warmed(own(), causal, n)
+                    break
+                except (HeedfulError, TypeError) as error:
+                    why = f"{CANNOT}{str(error).splitlines()[0]}"
+        if name not in made:
+            print(name, n, why, flush=True)
+            others.append({"method": name, "causal": causal, "tokens": n, "why": why})
+    return made, others
 
 
 def pays(rows: list[Row], what: str) -> dict[str, int | None]:

@@ -105,7 +105,7 @@ def test_where_patches_are_missing_or_stand_otherwise_nothing_is_gathered(cheap:
         assert parts(replace(call, queries=places)) == 0
         assert parts(replace(call, keys=places)) == 0
     twice = call.keys.index.expand(2, -1, -1)
-    assert parts(replace(call, keys=replace(call.keys, index=twice, position=twice))) == 0
+    assert parts(replace(call, keys=replace(call.keys, index=twice, position=twice, first=None))) == 0
     blind = narrowed(call.mask, call, lambda axis, query, key: (query >= 1 - axis) & (query == key))
     assert blind.rules[0].parts() == ()
 

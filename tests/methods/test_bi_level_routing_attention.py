@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
+from heedful import attach, models, native
 from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape, parameters
 from heedful.conformance.tolerances import close
@@ -17,9 +18,11 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask
 from heedful.core.positions import Positions
 from heedful.core.regions import Region
+from heedful.engine.backends import tiled
 from heedful.methods import BiLevelRoutingAttention
 from heedful.nn import Attention
 
+needs_kernel = pytest.mark.skipif(isinstance(native.library(), str), reason=str(native.library()))
 GRIDS = [((4, 6), 2, 1, 0), ((4, 6), 2, 0, 2), ((6, 3), 3, 2, 1), ((3, 3), 3, 0, 0), ((2, 4), 1, 1, 1)]
 
 
@@ -105,6 +108,42 @@ def test_the_first_steps_loss_and_gradient_are_those_of_the_loops() -> None:
     for one, other in zip(*(torch.autograd.grad(loss, leaves) for loss in losses), strict=True):
         assert bool(other.any())
         assert close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["tiled", pytest.param("native", marks=needs_kernel)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 1)])
+def test_regions_are_gathered_with_what_they_see(
+    before: int, after: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = _bare((8, 8), before, after)
+    bare.q, bare.k, bare.v = (x.float() for x in (bare.q, bare.k, bare.v))
+    params = {name: x.float() for name, x in _params(bare, 3).items()}
+    leaves = [x.requires_grad_(True) for x in (*params.values(), bare.q, bare.k, bare.v)]
+    monkeypatch.setattr(tiled, "in_parts", seen := Mock(wraps=tiled.in_parts))
+
+    def told(backend: str, keep: int) -> list[Tensor]:
+        heads = bare.run(BiLevelRoutingAttention(4, keep, 3), backend, params=params)[0]
+        waves = torch.arange(heads.numel(), dtype=heads.dtype).view_as(heads).sin()
+        return [heads, *torch.autograd.grad((heads * waves).sum(), leaves)]
+
+    for keep, gathered in ((2, True), (9, False)):
+        assert all(close(*both) for both in zip(told(backend, keep), told("reference", keep), strict=True))
+        assert seen.called == gathered
+        seen.reset_mock()
+
+
+def test_of_another_call_no_part_is_made() -> None:
+    bare = _bare((4, 4), 1, 1)
+    method, call = BiLevelRoutingAttention(2, 1), replace(bare.call, query=bare.q, key=bare.k, value=bare.v)
+    mine, others = method.route(call.mask, call).rules[0].parts()
+    assert (mine.rows.shape, mine.cols.shape) == ((1, 1, 4, 4), (bare.shape.b, 1, 4, 6))
+    assert (others.rows.tolist(), others.cols.tolist()) == ([[[[0, 17]]]], [[[list(range(18))]]])
+    assert mine.keep is None
+    assert others.keep is None
+    with pytest.raises(SiteError, match="regions choose by queries and keys"):
+        method.route(bare.call.mask, replace(bare.call, query=None))
+    with pytest.raises(SiteError, match="values are convolved"):
+        method.convolve(bare.q, replace(bare.call, value=None))
 
 
 def test_an_image_model_is_served_and_learns() -> None:

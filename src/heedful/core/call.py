@@ -225,7 +225,8 @@ class Call:
     def coordinates(self, role: str) -> tuple[Tensor, Tensor]:
         """Where queries `[b|1, g|1, r, dims]` and keys `[b|1, g|1, k, dims]` stand on the role's grid; -1 outside."""
         regions = self.regions(role)
-        return by_text(coordinates, regions, self.q_pos), by_text(coordinates, regions, self.k_pos)
+        queries = by_text(coordinates, regions, self.q_pos)
+        return queries, queries if self.queries.alike(self.keys) else by_text(coordinates, regions, self.k_pos)
 
 
 @dataclass(frozen=True, eq=False)

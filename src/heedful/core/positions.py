@@ -49,6 +49,14 @@ class Positions:
         """Whether it is known, without a look at a tensor, that every place is a token of a text."""
         return self.is_filled is None and (self.pads == (0, 0) or self.position is self.index)
 
+    def alike(self, other: Positions) -> bool:
+        """Whether it is known, without a look at a tensor, that others stand at the same positions."""
+        return self is other or (
+            self.first is not None
+            and (self.first, len(self), self.pads) == (other.first, len(other), (0, 0))
+            and other.pads == (0, 0)
+        )
+
     @property
     def packed(self) -> bool:
         """Whether positions begin anew inside a row, as where several texts share it."""

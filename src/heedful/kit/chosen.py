@@ -60,6 +60,10 @@ class Reached(_Picked):
         return self.pick(pairs.rows, pairs.cols)
 
     def parts(self) -> tuple[Parts, ...]:
+        return self._gathered
+
+    @cached_property
+    def _gathered(self) -> tuple[Parts, ...]:  # more than one backend asks
         return () if self.gather is None else self.gather()
 
     def _reached(self, rows: slice) -> Tensor:

@@ -78,9 +78,10 @@ struct Back {
   // A row's scores to weights; how steep its soft cap is, to `slope`.
   void weigh(int64_t r, const Chunk &c, float *row) {
     const Problem &p = block.p;
+    const Stretch &seen = block.desk.sees[r];
     float *slope = pull.slope.data();
     if (p.softcap)
-      for (int64_t i = 0; i < c.width; i += W) {
+      for (int64_t i = seen.from; i < seen.to; i += W) {
         vf part = capped(load(row + i), p.softcap) * (1.0f / (p.softcap * LOG2E));
         store(slope + i, 1.0f - part * part);
       }
@@ -88,10 +89,11 @@ struct Back {
     block.mask(r, c, row);
     const float *known = p.rows + ((block.b * p.heads + block.head(r)) * p.queries + block.query(r)) * 2;
     const vf top = all(known[0]), none = {};
-    for (int64_t i = 0; i < c.width; i += W) {
+    for (int64_t i = seen.from; i < seen.to; i += W) {
       vf x = load(row + i) - top;
       store(row + i, (p.form ? formed(x, p.form, p.shift) : exp2(x > none ? none : x)) * known[1]);
     }
+    block.blank(c, r, row);
   }
 
   // A row's scores to weights, and what these are given to what its scores are given, before the scale.
@@ -101,11 +103,13 @@ struct Back {
     const Problem &p = block.p;
     const vf none = {}, due = all(pull.due[r]);
     const float share = p.rows[((block.b * p.heads + block.head(r)) * p.queries + block.query(r)) * 2 + 1];
-    for (int64_t i = 0; i < c.width; i += W) {
+    const Stretch &seen = block.desk.sees[r];
+    for (int64_t i = seen.from; i < seen.to; i += W) {
       vf w = load(row + i), rise = p.form ? steep(w * (1.0f / share), p.form) * share : w;
       vf pulled = rise * (load(given + i) - due);
       store(given + i, w == none ? none : pulled);  // where nothing is seen, anything may stand
     }
+    block.blank(c, r, given);
     if (p.to_bias && p.diagonal) {
       float *to = pull.diagonals.data() + r / block.n * apart() + block.n - 1 - r % block.n;
       for (int64_t i = c.from; i < c.to; i++) {
@@ -121,10 +125,19 @@ struct Back {
       }
     }
     if (p.softcap)
-      for (int64_t i = 0; i < c.width; i += W) {
+      for (int64_t i = seen.from; i < seen.to; i += W) {
         vf x = load(given + i);
         store(given + i, x == none ? none : x * load(pull.slope.data() + i));
       }
+  }
+
+  // From the first of the rows that see something of a panel, which stands there in a chunk, to behind the last.
+  Stretch seeing(int64_t at) const {
+    Stretch those{block.rows, 0};
+    for (int64_t r = 0; r < block.rows; r += MR)
+      if (const Stretch &x = block.desk.tiles[r / MR]; x.from <= at && at < x.to)
+        those = {std::min(those.from, r), std::min(r + MR, block.rows)};
+    return those.to ? those : Stretch{0, 0};
   }
 
   // A chunk's products of rows and columns: scores, or what weights are given by values.
@@ -133,7 +146,7 @@ struct Back {
     for (int64_t i = c.from; i < c.to; i++)
       for (int64_t j = 0; j < desk.runs[i].width; j += NR)
         for (int64_t r = 0; r < block.rows; r += MR)
-          if (desk.runs[i].column + j < desk.reach[r / MR])  // what is left out is masked in every row
+          if (const Stretch &x = desk.tiles[r / MR]; x.from <= desk.runs[i].at + j && desk.runs[i].at + j < x.to)
             product<false>(rows + r * depth, depth, columns + (desk.runs[i].column + j) * depth, depth,
                            to + r * PITCH + desk.runs[i].at + j, PITCH);
   }
@@ -141,6 +154,7 @@ struct Back {
   // Adds to what rows are due what their weights are given by way of the columns.
   void meet(float *weights) {
     for (const Chunk &c : block.desk.chunks) {
+      block.look(c, 0, block.rows);
       products(c, block.desk.q.data(), block.keys, block.s.depth, weights);
       for (int64_t r = 0; r < block.rows; r++) {
         float *row = weights + r * PITCH;
@@ -173,24 +187,33 @@ struct Back {
       auto runs = [&](auto act) {
         for (int64_t i = c.from; i < c.to; i++) act(desk.runs[i]);
       };
+      block.look(c, 0, rows);
       products(c, desk.q.data(), block.keys, s.depth, weights);
       products(c, pull.given_rows.data(), values, t.depth, given);
       for (int64_t r = 0; r < rows; r++) turn(r, c, weights + r * PITCH, given + r * PITCH);
       auto down = [&](const float *from, const float *panels, int64_t wide, float *to) {
         for (int64_t e = 0; e < wide; e += NR)
           runs([&](const Run &run) {
-            for (int64_t j = 0; j < run.width; j += TALL)
-              turned(from + run.at + j, PITCH, panels + e * rows, rows, to + (run.column + j) * wide + e, wide);
+            for (int64_t j = 0; j < run.width; j += NR) {
+              Stretch those = seeing(run.at + j);
+              for (int64_t i = run.at + j; i < run.at + j + NR; i += TALL)
+                turned(from + those.from * PITCH + i, PITCH, panels + e * rows + those.from * NR, those.to - those.from,
+                       to + (run.column + i - run.at) * wide + e, wide);
+            }
           });
       };
       down(weights, pull.given.data(), value_width(), pull.to_values.data());
       down(given, pull.queries.data(), width(), pull.to_keys.data());
       for (int64_t d = 0; d < width(); d += NR)
         runs([&](const Run &run) {
-          for (int64_t r = 0; r < tall; r += MR)
-            product<true>(given + r * PITCH + run.at, PITCH, keys_in_rows + d * s.panels * NR + run.column * NR,
-                          std::min(run.width, desk.reach[r / MR] - run.column), pull.to_queries.data() + r * width() + d,
-                          width());
+          for (int64_t r = 0; r < tall; r += MR) {
+            const Stretch &x = desk.tiles[r / MR];
+            int64_t from = std::max(x.from, run.at), to = std::min(x.to, run.at + run.width);
+            if (from < to)
+              product<true>(given + r * PITCH + from, PITCH,
+                            keys_in_rows + d * s.panels * NR + (run.column + from - run.at) * NR, to - from,
+                            pull.to_queries.data() + r * width() + d, width());
+          }
         });
     }
     for (int64_t r = 0; r < rows; r++) {

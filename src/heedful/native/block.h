@@ -25,31 +25,34 @@ struct Block : Rows {
   void model(int64_t r, const Chunk &c, float *row) const {
     const float *bias = p.bias;
     if (bias) bias += b * p.bias_stride[0] + head(r) * p.bias_stride[1] + query(r) * p.bias_stride[2];
+    const Stretch &x = desk.sees[r];
     for (int64_t i = c.from; i < c.to; i++) {
       const Run &run = desk.runs[i];
-      as_modelled(row + run.at, std::min(run.width, p.keys - run.column), p.softcap, bias ? bias + run.column : nullptr);
+      int64_t from = std::max(x.from, run.at), to = std::min(x.to, run.at + std::min(run.width, p.keys - run.column));
+      if (from < to) as_modelled(row + from, to - from, p.softcap, bias ? bias + run.column + from - run.at : nullptr);
     }
   }
 
   // Scores of a row to weights that are each made of their own.
   void shape(int64_t r, const Chunk &c, float *row, float *weights) {
+    const Stretch &x = desk.sees[r];
     if (UNSCALED<E>)
-      for (int64_t i = 0; i < c.width; i += W) store(row + i, load(row + i) * (p.scale * LOG2E));
+      for (int64_t i = x.from; i < x.to; i += W) store(row + i, load(row + i) * (p.scale * LOG2E));
     if (p.softcap || p.bias) model(r, c, row);
     mask(r, c, row);
     if (p.peak) {
-      vf high = load(row);
-      for (int64_t i = W; i < c.width; i += W) high = greater(high, load(row + i));
+      vf high = load(row + x.from);
+      for (int64_t i = x.from + W; i < x.to; i += W) high = greater(high, load(row + i));
       float greatest = highest(high), weight = formed(all(greatest), p.form, p.shift)[0];
       if (weight > desk.peak[r]) {
         desk.peak[r] = weight;
-        int64_t at = 0;
-        while (at + 1 < c.width && row[at] != greatest) at++;
+        int64_t at = x.from;
+        while (at + 1 < x.to && row[at] != greatest) at++;
         desk.place[r] = column(c, at);
       }
     }
     vf sum = load(desk.sums.data() + r * W), spread = load(desk.spreads.data() + r * W);
-    for (int64_t i = 0; i < c.width; i += NR) {
+    for (int64_t i = x.from; i < x.to; i += NR) {
       vf one = formed(load(row + i), p.form, p.shift), other = formed(load(row + i + W), p.form, p.shift);
       if (p.entropy) sum += one + other, spread += one * logarithm(one) + other * logarithm(other);
       if (DEEP<E> > 1 && kept()) store(weights + i, one), store(weights + i + W, other);
@@ -61,24 +64,25 @@ struct Block : Rows {
 
   // Scores of a row to weights over its running maximum, and what the row adds up to so far.
   void soften(int64_t r, const Chunk &c, float *row, float *weights) {
+    const Stretch &x = desk.sees[r];
     float times = UNSCALED<E> ? p.scale * LOG2E : 1.0f;
     if (bool changed = p.softcap || p.bias; changed || !(times > 0.0f)) {
       if (UNSCALED<E>)
-        for (int64_t i = 0; i < c.width; i += W) store(row + i, load(row + i) * times);
+        for (int64_t i = x.from; i < x.to; i += W) store(row + i, load(row + i) * times);
       if (changed) model(r, c, row);
       times = 1.0f;
     }
     mask(r, c, row);
-    vf high = load(row), other = load(row + W);  // a panel is two vectors
-    for (int64_t i = NR; i < c.width; i += NR) high = greater(high, load(row + i)), other = greater(other, load(row + i + W));
+    vf high = load(row + x.from), other = load(row + x.from + W);  // a panel is two vectors
+    for (int64_t i = x.from + NR; i < x.to; i += NR) high = greater(high, load(row + i)), other = greater(other, load(row + i + W));
     high = greater(high, other);
     if (above(high * times, desk.peak[r])) rise(r, c, row, highest(high), times);
     const float top = base(desk.top[r]);
     const bool whole = DEEP<E> > 1 && kept();
-    if (p.entropy && whole) weigh<true, true>(r, c.width, row, weights, top, times);
-    else if (p.entropy) weigh<true, false>(r, c.width, row, weights, top, times);
-    else if (whole) weigh<false, true>(r, c.width, row, weights, top, times);
-    else weigh<false, false>(r, c.width, row, weights, top, times);
+    if (p.entropy && whole) weigh<true, true>(r, x, row, weights, top, times);
+    else if (p.entropy) weigh<true, false>(r, x, row, weights, top, times);
+    else if (whole) weigh<false, true>(r, x, row, weights, top, times);
+    else weigh<false, false>(r, x, row, weights, top, times);
   }
 
   // A row's running maximum rises; what was added up over the last is lowered.
@@ -90,8 +94,8 @@ struct Block : Rows {
     if (!(here > desk.peak[r])) return;
     desk.peak[r] = here;
     if (p.place) {
-      int64_t at = 0;
-      while (at < c.width && row[at] != greatest) at++;
+      int64_t at = desk.sees[r].from;
+      while (at < desk.sees[r].to && row[at] != greatest) at++;
       desk.place[r] = column(c, at);
     }
     if (!(here > before)) return;
@@ -106,9 +110,9 @@ struct Block : Rows {
 
   // Weights come where scores were, in half the room where they are pairs; WHOLE ones stand beside these.
   template <bool ENTROPY, bool WHOLE>
-  void weigh(int64_t r, int64_t width, float *row, float *weights, float top, float times) {
+  void weigh(int64_t r, const Stretch &seen, float *row, float *weights, float top, float times) {
     vf sum = load(desk.sums.data() + r * W), spread = load(desk.spreads.data() + r * W);
-    for (int64_t i = 0; i < width; i += NR) {
+    for (int64_t i = seen.from; i < seen.to; i += NR) {
       vf x = load(row + i) * times, y = load(row + i + W) * times;
 #ifdef TILES
       asm("" : "+v"(x), "+v"(y));  // rounded by itself, as the maximum was, so that the greatest stays the greatest
@@ -169,27 +173,33 @@ struct Block : Rows {
   // What the rows from `top` to `end` make of a chunk.
   void attend(int64_t number, const E *q, int64_t top, int64_t end) {
     const Chunk &c = desk.chunks[number];
+    look(c, top, end);
     for (int64_t i = c.from; i < c.to; i++) {
       const Run &run = desk.runs[i];
       for (int64_t j = 0; j < run.width; j += NR)
         for (int64_t r = top; r < end; r += HIGH<E>)
-          if (run.column + j < desk.reach[r / HIGH<E>])  // what is left out is masked in every row
+          if (const Stretch &x = desk.tiles[r / HIGH<E>]; x.from <= run.at + j && run.at + j < x.to)
             product<false>(q + r * s.depth, s.depth, keys + (run.column + j) * s.depth, s.depth,
                            scores_of(number, r) + run.at + j, PITCH, p.scale * LOG2E);
     }
     for (int64_t r = top; r < std::min(end, rows); r++) {
-      if (p.form) shape(r, c, scores_of(number, r), weights_of(number, r));
-      else soften(r, c, scores_of(number, r), weights_of(number, r));
+      float *row = scores_of(number, r), *weights = weights_of(number, r);
+      if (desk.sees[r].to) p.form ? shape(r, c, row, weights) : soften(r, c, row, weights);
+      blank(c, r, (E *)row);
+      if (DEEP<E> > 1 && kept()) blank(c, r, weights);
       desk.reference[number * s.padded() + r] = desk.top[r];
     }
     for (int64_t e = 0; e < s.value_panels; e++)
       for (int64_t i = c.from; i < c.to; i++) {
         const Run &run = desk.runs[i];
         const E *v = values + (e * s.panels * NR + run.column) * NR;
-        for (int64_t r = top; r < end; r += HIGH<E>)
-          product<true>((const E *)scores_of(number, r) + run.at, PITCH * DEEP<E>, v,
-                        std::min(run.width, desk.reach[r / HIGH<E>] - run.column),
-                        desk.out.data() + r * s.value_panels * NR + e * NR, s.value_panels * NR, 1.0f);
+        for (int64_t r = top; r < end; r += HIGH<E>) {
+          const Stretch &x = desk.tiles[r / HIGH<E>];
+          int64_t from = std::max(x.from, run.at), to = std::min(x.to, run.at + run.width);
+          if (from < to)
+            product<true>((const E *)scores_of(number, r) + from, PITCH * DEEP<E>, v + (from - run.at) * NR, to - from,
+                          desk.out.data() + r * s.value_panels * NR + e * NR, s.value_panels * NR, 1.0f);
+        }
       }
   }
 

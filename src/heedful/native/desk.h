@@ -8,6 +8,10 @@ struct Chunk {
   int64_t from, to, width;  // its runs, and its columns
 };
 
+struct Stretch {  // of a chunk
+  int64_t from, to;
+};
+
 // What one thread works with.
 struct Desk {
   Floats q;        // as the register tile multiplies it: pairs of bfloat16 take half the room
@@ -20,7 +24,8 @@ struct Desk {
   std::vector<Run> runs;
   std::vector<Chunk> chunks;
   std::vector<std::pair<int64_t, int64_t>> seen;
-  std::vector<int64_t> reach;  // of each register tile's rows, the column behind the last that one of them sees
+  std::vector<Stretch> sees;   // of each row in whole panels, where in a chunk the columns stand that it sees
+  std::vector<Stretch> tiles;  // of each register tile's rows, from a whole panel to behind the last such column
   Floats mean, mixed;  // of a chunk's weights over heads, and of what they carried
   Floats received, distance;  // of one block
 };

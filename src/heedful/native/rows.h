@@ -18,10 +18,7 @@ struct Rows {
     desk.ranges.resize(rows);
     for (int64_t r = 0; r < rows; r++)
       desk.ranges[r] = p.ranges + b * p.range_stride[0] + head(r) * p.range_stride[1] + query(r) * p.range_count * 2;
-    desk.reach.assign(s.padded() / s.high, 0);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < p.range_count; i++)
-        desk.reach[r / s.high] = std::max<int64_t>(desk.reach[r / s.high], ranges(r)[2 * i + 1]);
+    desk.sees.resize(rows), desk.tiles.resize(s.padded() / s.high);
     int64_t different = p.range_stride[1] ? rows : n;
     for (int64_t r = 0; r < different; r++)
       for (int64_t i = 0; i < p.range_count; i++)
@@ -55,6 +52,42 @@ struct Rows {
     c.width += NR;
   }
 
+  // From the first column of a chunk that a row sees to behind the last, by its ranges; where it sees none, nothing.
+  Stretch seen_in(int64_t r, const Chunk &c) const {
+    const int32_t *x = ranges(r);
+    Stretch seen{c.width, 0};
+    for (int64_t i = c.from; i < c.to; i++) {
+      const Run &run = desk.runs[i];
+      for (int64_t j = 0; j < p.range_count; j++) {
+        int64_t lo = std::max<int64_t>(x[2 * j], run.column), hi = std::min<int64_t>(x[2 * j + 1], run.column + run.width);
+        if (lo >= hi) continue;
+        seen.from = std::min(seen.from, lo - run.column + run.at), seen.to = std::max(seen.to, hi - run.column + run.at);
+      }
+    }
+    return seen;
+  }
+
+  // Looks where the rows from `top` to `end` see something of a chunk: what lies beside that is not computed.
+  void look(const Chunk &c, int64_t top, int64_t end) {
+    for (int64_t first = top; first < end; first += s.high) {
+      Stretch &tile = desk.tiles[first / s.high];
+      tile = {c.width, 0};
+      for (int64_t r = first; r < std::min(first + s.high, rows); r++) {
+        Stretch x = seen_in(r, c);
+        tile = {std::min(tile.from, x.from / NR * NR), std::max(tile.to, x.to)};
+        desk.sees[r] = x.to ? Stretch{x.from / NR * NR, (x.to + NR - 1) / NR * NR} : x;
+      }
+    }
+  }
+
+  // Nothing where a row sees nothing.
+  template <class T>
+  void blank(const Chunk &c, int64_t r, T *row) const {
+    const Stretch &x = desk.sees[r];
+    std::fill(row, row + x.from, T{});
+    if (x.to) std::fill(row + x.to, row + c.width, T{});
+  }
+
   // Calls fill(from, to) for every stretch of a run, counted within the chunk, that a row does not see.
   template <class F>
   void gaps(int64_t r, const Run &run, F fill) const {
@@ -77,9 +110,14 @@ struct Rows {
 
   void mask(int64_t r, const Chunk &c, float *row) const {
     const uint8_t *keeps = table(r);
+    const Stretch &x = desk.sees[r];
     for (int64_t i = c.from; i < c.to; i++) {
       const Run &run = desk.runs[i];
-      gaps(r, run, [&](int64_t from, int64_t to) { std::fill(row + from, row + to, -INFINITY); });
+      if (run.at >= x.to || run.at + run.width <= x.from) continue;
+      gaps(r, run, [&](int64_t from, int64_t to) {
+        from = std::max(from, x.from), to = std::min(to, x.to);
+        if (from < to) std::fill(row + from, row + to, -INFINITY);
+      });
       if (!keeps) continue;
       const uint8_t *keep = keeps + run.column;
       float *to = row + run.at;

@@ -102,7 +102,8 @@ class Fold:
         if _by_head(self.part):
             k, v = call.spread(k), call.spread(v)
         rows = self.part.rows.clamp(max=q.shape[2] - 1)  # of those that are nobody any will do
-        q, k, v = self._take(q, rows), self._take(k, self.part.cols), self._take(v, self.part.cols)
+        at = self.numbers(self.part.cols, *k.shape[1:3])
+        q, k, v = self._take(q, self.numbers(rows, *q.shape[1:3])), self._take(k, at), self._take(v, at)
         own = replace(
             call, queries=self._places(call.queries, rows), keys=self._places(call.keys, self.part.cols),
             heads=q.shape[1], kv_heads=k.shape[1], batch=len(q), keep=self._kept(), mask=Mask(),
@@ -114,8 +115,11 @@ class Fold:
         """Which rows of `[b heads many]` these tokens `[b|1 h|1 parts m]` are, as the parts have them, `[... m]`."""
         where = where.expand(self.texts, heads, *where.shape[2:])
         lines = torch.arange(self.texts * heads, device=where.device).view(self.texts, heads, 1, 1) * many
-        at = (where + lines).where(where < many, self.texts * heads * many)
-        return at.flatten(0, 2)[:, None] if _by_head(self.part) else at.transpose(1, 2).flatten(0, 1)
+        return self._laid((where + lines).where(where < many, self.texts * heads * many))
+
+    def _laid(self, x: Tensor) -> Tensor:
+        """Something of the tokens of each part `[b h parts ...]`, as parts are texts."""
+        return x.flatten(0, 2)[:, None] if _by_head(self.part) else x.transpose(1, 2).flatten(0, 1)
 
     def add(self, to: Tensor, x: Tensor, where: Tensor) -> None:
         """Give tokens `[b h|g n d]` what stands for them in the parts, heads of a group together."""
@@ -126,16 +130,19 @@ class Fold:
         if group > 1:
             to += whole.unflatten(1, (-1, group)).sum(2)
 
-    def _take(self, x: Tensor, where: Tensor) -> Tensor:
-        """Of something of tokens `[b h n d]`."""
-        at = self.numbers(where, *x.shape[1:3])
+    def _take(self, x: Tensor, at: Tensor) -> Tensor:
+        """Of something of tokens `[b h n d]`, by their numbers."""
         return x.reshape(-1, x.shape[-1]).index_select(0, at.flatten()).view(*at.shape, x.shape[-1])
 
     def _places(self, whole: Positions, where: Tensor) -> Positions:
         heads = self.heads if _by_head(self.part) else 1
+        if whole.first is not None and whole.pads == (0, 0):
+            index = self._laid(where.expand(self.texts, heads, *where.shape[2:])) + whole.first
+            return Positions(index, index, None, whole.pads)
+        at = self.numbers(where, heads, len(whole))
 
         def take(x: Tensor) -> Tensor:
-            return self._take(spread_heads(x, self.heads).expand(self.texts, heads, -1)[..., None], where)[..., 0]
+            return self._take(spread_heads(x, self.heads).expand(self.texts, heads, -1)[..., None], at)[..., 0]
 
         index = take(whole.index)
         return Positions(index, index if whole.position is whole.index else take(whole.position), None, whole.pads)
@@ -144,6 +151,5 @@ class Fold:
         keep = self.part.keep
         if keep is None:
             return None
-        if _by_head(self.part):
-            return keep.expand(self.texts, self.heads, *keep.shape[2:]).flatten(0, 2)[:, None]
-        return keep.expand(self.texts, *keep.shape[1:]).transpose(1, 2).flatten(0, 1)
+        heads = self.heads if _by_head(self.part) else keep.shape[1]
+        return self._laid(keep.expand(self.texts, heads, *keep.shape[2:]))

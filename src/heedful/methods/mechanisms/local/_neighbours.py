@@ -37,7 +37,9 @@ def within(mask: Mask, call: Call, size: Sequence[int], stride: Sequence[int], d
 def narrowed(mask: Mask, call: Call, sees: Sees) -> Mask:
     """The mask, narrowed to pairs that may meet on every axis; tokens off the grid see all and are seen by all."""
     sides = grid_of(call)
-    query, key = (x % (x.new_tensor(sides) + 1) for x in call.coordinates("patches"))  # off the grid: behind its ends
+    asking, giving = call.coordinates("patches")
+    query = asking % (asking.new_tensor(sides) + 1)  # off the grid: behind its ends
+    key = query if giving is asking else giving % (giving.new_tensor(sides) + 1)
     meet = []  # of each axis `[n+1 n+1]`, which places may meet
     for axis, n in enumerate(sides):
         at = torch.arange(n, dtype=whole(4 * n), device=key.device)

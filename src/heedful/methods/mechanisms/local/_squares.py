@@ -29,28 +29,45 @@ def squares(query: Tensor, key: Tensor, sides: Sequence[int], meet: Sequence[Ten
     whole = [table[:n, :n] for table, n in zip(meet, sides, strict=True)]
     if query.shape[:2] != (1, 1) or key.shape[:2] != (1, 1) or not all(bool(x.any(1).all()) for x in whole):
         return ()
-    asking, held = _by_cell(query[0, 0], sides), _by_cell(key[0, 0], sides)
+    asking = _by_cell(query[0, 0], sides)
+    held = asking if key is query else _by_cell(key[0, 0], sides)
     side = _side(tuple(_ends(table) for table in whole))
     if asking is None or held is None or side is None:
         return ()
-    rows, cols, keep = _along(whole[0], side)
-    for n, table in zip(sides[1:], whole[1:], strict=True):
-        more_rows, more_cols, more = _along(table, side)
-        rows = _joined(rows, more_rows, n)
-        cols = _joined(cols, more_cols, n)
-        keep = (
-            both(keep[:, None, :, None, :, None], more[None, :, None, :, None]).flatten(4).flatten(2, 3).flatten(0, 1)
-        )
+    told = tuple(bytes(table.flatten().tolist()) for table in whole)
+    rows, cols, keep = _cut(told, tuple(sides), side, query.device)
     cells, total = prod(sides), query.shape[2]
     (patches, others), (their_patches, their_others) = asking, held
     rows = torch.cat([patches, patches.new_tensor([total])])[rows.where(rows >= 0, cells)]
     cols = torch.cat([their_patches[cols], their_others.expand(len(cols), -1)], 1)
-    keep = pad(keep, (0, len(their_others)), value=True) if len(their_others) else keep
-    found = (Parts(rows[None, None], cols[None, None], None if bool(every(keep.flatten(), 0)) else keep[None, None]),)
+    if keep is not None and len(their_others):
+        keep = pad(keep, (0, len(their_others)), value=True)
+    found = (Parts(rows[None, None], cols[None, None], None if keep is None else keep[None, None]),)
     if not len(others):
         return found
     everything = torch.arange(key.shape[2], device=key.device)
     return *found, Parts(others[None, None, None], everything[None, None, None])
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a later call may keep them for its way back
+def _cut(
+    tables: tuple[bytes, ...], sides: tuple[int, ...], side: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Squares of a grid: their cells `[m r]`, -1 for none, the cells that these see `[m k]`, and which pairs meet.
+
+    Layers and forwards have the same, so the last ones are kept.
+    """
+    axes = (
+        _along(torch.tensor(list(flat), device=device).view(n, n).bool(), side)
+        for n, flat in zip(sides, tables, strict=True)
+    )
+    rows, cols, keep = next(axes)
+    for n, (more_rows, more_cols, more) in zip(sides[1:], axes, strict=True):
+        rows, cols = _joined(rows, more_rows, n), _joined(cols, more_cols, n)
+        keep = both(keep[:, None, :, None, :, None], more[None, :, None, :, None]).flatten(4)
+        keep = keep.flatten(2, 3).flatten(0, 1)
+    return rows, cols, None if bool(every(keep.flatten(), 0)) else keep
 
 
 def _by_cell(places: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor] | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.rules import Parts
+from heedful.kit.chosen import SPARSE, Reached
 from heedful.kit.patches import patch_tokens, require_divides, sides, whole_image
 from heedful.kit.running import wide
 
@@ -59,33 +61,53 @@ class BiLevelRoutingAttention(Method):
     def idle(self, call: Call) -> bool:
         return not whole_image(call)
 
-    @at(Site.MIX)
-    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
-        q, k, v = wide(*qkv)
-        k, v = call.spread(k), call.spread(v)
-        cells, regions = self._laid_out(call)
-        rest = torch.ones(q.shape[2], dtype=torch.bool, device=q.device).index_fill(0, cells, False)
-        near, near_k, near_v = (x[:, :, regions] for x in (q, k, v))  # [b h regions patches d]
-        best = self._routes(near, near_k).topk(min(self.keep, len(regions))).indices  # [b regions keep]
+    @at(Site.MASK)
+    @torch.no_grad()
+    def route(self, mask: Mask, call: Call) -> Mask:
+        if call.query is None or call.key is None:
+            raise SiteError(f"{self!r}, layer {call.layer}: regions choose by queries and keys, and it is handed none")
+        _, regions = self._laid_out(call)
+        many, patches = regions.shape
+        q, k = wide(call.query, call.spread(call.key))
+        best = self._routes(q[:, :, regions], k[:, :, regions]).topk(min(self.keep, many)).indices  # [b regions keep]
+        at = torch.arange(many, device=k.device)
+        number = torch.full((k.shape[2],), many, device=k.device).index_copy(
+            0, regions.flatten(), at.repeat_interleave(patches)
+        )
+        meet = torch.zeros(len(best), many, many, dtype=torch.bool, device=k.device).scatter(-1, best, True)
+        meet = pad(meet, (0, 1, 0, 1), value=True)  # off the grid tokens see everything and are seen by all
 
-        def seen(near: Tensor, all_tokens: Tensor) -> Tensor:
-            """What patches see of keys or values, by region, `[b h regions . d]`."""
-            found = torch.stack([x[:, chosen] for x, chosen in zip(near, best, strict=True)]).flatten(3, 4)
-            others = all_tokens[:, :, rest, None].transpose(2, 3).expand(-1, -1, len(regions), -1, -1)
-            return torch.cat([found, others], 3)
+        def pick(rows: slice, cols: slice | Tensor) -> Tensor:
+            return meet[:, number[rows]][..., number[cols]][:, None]
 
-        out = torch.zeros_like(v)
-        out[:, :, rest] = self._mixed(q[:, :, rest], k, v, call)
-        out[:, :, regions.flatten()] = self._mixed(near, seen(near_k, k), seen(near_v, v), call).flatten(2, 3)
-        return out.index_add(2, cells, self._convolved(v[:, :, cells], call))
+        def reach(rows: slice) -> Tensor:
+            return meet[:, number[rows]].flatten(0, 1).any(0)[number]
+
+        def gather() -> tuple[Parts, ...]:
+            if best.shape[-1] > SPARSE * many:
+                return ()
+            rest = (number == many).nonzero()[:, 0]
+            others = rest.expand(*best.shape[:2], -1)
+            found = (Parts(regions[None, None], torch.cat([regions[best].flatten(2), others], -1)[:, None]),)
+            if not len(rest):
+                return found
+            everything = torch.arange(len(number), device=k.device)
+            return *found, Parts(rest[None, None, None], everything[None, None, None])
+
+        return mask & Reached(pick, reach, gather)
+
+    @at(Site.HEAD_OUTPUT)
+    def convolve(self, heads: Tensor, call: Call) -> Tensor:
+        if call.value is None:
+            raise SiteError(f"{self!r}, layer {call.layer}: values are convolved, and it is handed none")
+        cells = patch_tokens(self, call)
+        (v,) = wide(call.spread(call.value))
+        return heads.index_add(2, cells, self._convolved(v[:, :, cells], call).to(heads.dtype))
 
     def _routes(self, q: Tensor, k: Tensor) -> Tensor:
         """How well each region's key suits each region's query, all heads together, `[b regions regions]`."""
-        query, key = (x.detach().mean(3).transpose(1, 2).flatten(2) for x in (q, k))
+        query, key = (x.mean(3).transpose(1, 2).flatten(2) for x in (q, k))
         return query @ key.mT
-
-    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        return (q @ k.mT * call.scale).softmax(-1) @ v
 
     def _laid_out(self, call: Call) -> tuple[Tensor, Tensor]:
         """Which tokens are the patches, row by row `[patches]`, and region by region `[regions patches]`."""
