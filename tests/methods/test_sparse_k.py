@@ -16,12 +16,12 @@ from heedful.authoring import CachedKV, Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.mask import Causal, Mask, Window
+from heedful.core.mask import Causal, Mask, Where, Window
 from heedful.core.state import State
 from heedful.kit.chosen import Chosen
 from heedful.methods import SparseK
 from heedful.methods.mechanisms.routed import sparse_k
-from heedful.methods.mechanisms.routed.sparse_k import threshold
+from heedful.methods.mechanisms.routed.sparse_k import threshold, threshold_of_ranges
 
 N = 11
 TEXT = torch.arange(N) >= torch.tensor([0, 4])[:, None]
@@ -70,6 +70,13 @@ def _by_loops(bare: Bare, weight: Tensor, k: int, sees: object = None) -> Tensor
     return out
 
 
+@pytest.fixture(params=[2, sparse_k.ROWS], ids=["by ranges", "by pairs"])
+def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds of more rows than these are told of ranges of tokens."""
+    monkeypatch.setattr(sparse_k, "ROWS", request.param)
+
+
+@pytest.mark.usefixtures("told")
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 @pytest.mark.parametrize("shape", [Shape(q=N, k=N), Shape(g=4, q=N, k=N, dv=5)])
 @pytest.mark.parametrize("keep", [1, 3, 10, N, 40])
@@ -80,15 +87,24 @@ def test_the_formula(keep: int, shape: Shape, backend: str) -> None:
 
 
 def test_thresholds_are_sought_for_a_block_of_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    bare, params = _bare()
-    found = []
-    for rows in (1, 4):
+    bare, params = _bare(rules=(Causal(), Where(lambda q, k: k % 3 != 1)))  # which leaves no query a single range
+    want = _by_loops(bare, params["score"], 3, lambda b, i, j: j <= i and j % 3 != 1)
+    for rows in (1, 4, N):
         monkeypatch.setattr(sparse_k, "ROWS", rows)
-        found.append(bare.run(SparseK(3), "reference", params=params)[0])
-    assert close(found[0], _by_loops(bare, params["score"], 3))
-    assert close(found[0], found[1])
+        assert close(bare.run(SparseK(3), "reference", params=params)[0], want)
 
 
+def test_ranges_are_asked_for_more_rows_than_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare, params = _bare()
+    asked = []
+    monkeypatch.setattr(sparse_k, "threshold_of_ranges", lambda *given: asked.append(1) or threshold_of_ranges(*given))
+    for rows, times in ((N, 0), (N - 1, 1)):
+        monkeypatch.setattr(sparse_k, "ROWS", rows)
+        bare.run(SparseK(3), "reference", params=params)
+        assert len(asked) == times
+
+
+@pytest.mark.usefixtures("told")
 def test_keys_that_a_mask_hides_take_nobodys_room() -> None:
     bare, params = _bare(text=TEXT)
     want = _by_loops(bare, params["score"], 3, lambda b, i, j: j <= i and bool(TEXT[b, j]))
@@ -101,6 +117,7 @@ def test_keys_that_a_mask_hides_take_nobodys_room() -> None:
     assert close(image.run(SparseK(3), "reference", None, params)[0], want)
 
 
+@pytest.mark.usefixtures("told")
 def test_the_first_steps_loss_and_gradient_are_those_of_the_loops() -> None:
     bare, params = _bare(Shape(q=7, k=7))
     leaves = [params["score"], bare.q, bare.k, bare.v]
@@ -153,6 +170,7 @@ def test_equals_share_the_gates_and_wide_gaps_make_them_hard() -> None:
     assert not bool(torch.autograd.grad(whole.square().sum(), apart)[0].any())
 
 
+@pytest.mark.usefixtures("told")
 def test_of_equals_the_earlier_are_seen() -> None:
     bare, _ = _bare()
     params = {"score": torch.zeros(2, 24, dtype=torch.float64)}
@@ -163,6 +181,7 @@ def test_of_equals_the_earlier_are_seen() -> None:
     assert torch.equal(keep.expand(2, 4, -1, -1), want.bool().expand(2, 4, -1, -1))
 
 
+@pytest.mark.usefixtures("told")
 def test_token_by_token_is_the_whole_and_so_many_pairs_are_left() -> None:
     model = models.tiny("llama").eval()
     ids = torch.arange(5, 37).view(2, 16)  # no token twice: two would tie but for how products are rounded

@@ -19,7 +19,9 @@ from heedful.kit.running import wide
 from heedful.kit.told import of_keys
 from heedful.methods.mechanisms.routed._ranked import Ranked
 
-ROWS = 128  # whose thresholds are sought at once
+ROWS = (
+    128  # whose thresholds are sought at once by looking at each pair; of more they are told by ranges where they can
+)
 
 
 class SparseK(Method):
@@ -72,7 +74,8 @@ class SparseK(Method):
         scores, total = spread_heads(told, call.heads), told.shape[-1]
         known = scores.isfinite()[:, :, None]
         rank = _rising(scores)[1].argsort(-1)
-        ranges = None if mask.blocks or not bool(known.all()) else mask.key_ranges(call.queries, call.keys, call.heads)
+        looked_at = len(call.queries) <= ROWS or bool(mask.blocks) or not bool(known.all())
+        ranges = None if looked_at else mask.key_ranges(call.queries, call.keys, call.heads)
         if ranges is not None and ranges.shape[3] == 1:  # a query's keys are one range, as in a plain text
             start, stop = (x.expand(*scores.shape[:2], -1) for x in ranges[..., 0, :].unbind(-1))
             levels, lowest = threshold_of_ranges(scores, rank, start, stop, self.keep)
