@@ -1,8 +1,7 @@
-"""Patch by patch the one of the greatest s_i / max s + w (1 - max_j cos(x_i, x_j)), j the patches kept so far."""
+"""Patch by patch the one of the greatest cos(x_i, x_last), of those with cos(x_i, x_j) <= tau for all j kept so far."""
 
 from __future__ import annotations
 
-import math
 from math import ceil
 from typing import cast
 
@@ -12,14 +11,19 @@ from torch.nn.functional import normalize
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
+from heedful.core.mask import Dense, Mask
+from heedful.core.method import Method
 from heedful.core.paper import Paper
-from heedful.kit.picked import PickedPatches
+from heedful.core.sites import Site, at
+from heedful.kit.picked import KEPT, seen
+from heedful.kit.running import wide
 
 
-class GreedyPrune(PickedPatches):
-    """Shows a language model patches that are salient and unlike each other, chosen one after another.
+class GreedyPrune(Method):
+    """Leaves later layers patches that are like the question and unlike each other, chosen one after another.
 
-    How salient a patch is, is the mean weight that all tokens of the encoder give to it.
+    Where an image stands in a language model's prompt is the role `image`. With `role="patches"` an encoder chooses
+    among its own, and its class token stands for the question.
     """
 
     paper = Paper(
@@ -30,41 +34,92 @@ class GreedyPrune(PickedPatches):
         "2506.13166",
         "arXiv",
         differs=(
-            "Only the abstract and others' accounts could be read: a greedy choice by saliency and diversity is "
-            "theirs, the sum that is maximised, its scales and its weight are ours. By an account the authors keep the "
-            "most salient patch, strike out all that are more alike to it than a threshold, and so on.",
-            "Saliency comes from the encoder alone, so that one choice serves every question; the authors', by two "
-            "accounts, is the cosine of a patch with the question's last token in the language model.",
-            "What is unlike is told by the input of the encoder layer's attention, behind the norm of that layer.",
+            "Only the abstract and others' accounts could be read: by these the most salient patch is kept, all that "
+            "are more alike to it than a threshold are struck out, and so on, and salient is what is like the last "
+            "token of the text. The layer and the threshold are ours.",
+            "Tokens are compared as the input of the layer's attention, behind its norm.",
+            "Where all are kept or struck out before there are enough, the most salient of those struck out fill up.",
             "A patch that goes is seen by nobody behind the layer, and keeps its place.",
+            "A prompt of which the image came in an earlier call keeps all of it.",
         ),
     )
-    diversity: float = 1.0  # weight of being unlike the kept; 0: the most salient, whatever they are like
+    subjects = ("image",)
+    every_token = True
+    causal = False  # the whole prompt is looked at before patches go
+    chunk_invariant = False
+    layer: int = 2  # of the language model, behind which patches go
+    share: float = 0.25  # of the patches that stay, rounded up
+    alike: float = 0.9  # cosine with a patch that was kept above which another is struck out; 1: the most salient stay
+    role: str = "image"  # the patches; "patches": an encoder's own
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.diversity < math.inf:
-            raise FieldError(self, "diversity", self.diversity, "must be 0 or more, and finite", 1.0)
+        if self.layer < 0:
+            raise FieldError(self, "layer", self.layer, "must be the number of a layer, from 0 up", 2)
+        if not 0 < self.share <= 1:
+            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.25)
+        if not -1 <= self.alike <= 1:
+            raise FieldError(self, "alike", self.alike, "must be a cosine, from -1 to 1", 0.9)
+        if self.role not in ("image", "patches"):
+            raise FieldError(self, "role", self.role, "must be 'image' or 'patches'", "image")
 
-    def choose(self, weights: Tensor, call: Call) -> Tensor:
-        where = self.patches(call)
-        salient = torch.einsum("bhqk->bk", weights)[:, where]  # the mean but for a factor, which greedy() takes away
-        tokens = cast(Tensor, call.hidden)[:, where].to(salient.dtype)
-        return greedy(salient, tokens, ceil(self.share * salient.shape[1]), self.diversity)
+    @classmethod
+    def neutral(cls) -> GreedyPrune:
+        return cls(share=1.0)
+
+    @classmethod
+    def example(cls) -> GreedyPrune:
+        return cls(layer=0, alike=0.5, role="patches")
+
+    def idle(self, call: Call) -> bool:
+        elsewhere = self.role == "image" and not call.mask.causal  # in the encoder that comes before
+        return self.share == 1.0 or call.cross or elsewhere or call.layer - call.lowest < self.layer
+
+    @at(Site.MASK)
+    def pick(self, mask: Mask, call: Call) -> Mask:
+        name = f"{KEPT}, {call.lowest}"
+        forward, cache = call.state.forward, call.state.cache
+        if call.layer - call.lowest == self.layer:
+            number = call.numbers(self.role)[:, 0]  # [b|1 n]
+            there = number >= 0
+            if len(call.queries) == len(call.keys) and bool(there.any()):
+                forward[name] = self.choose(*_shown(number, there, call))
+            return mask
+        kept = forward.get(name, cache.get(name))
+        if kept is None:
+            return mask
+        cache[name] = kept  # what is decoded later sees no more
+        return mask & Dense(seen(kept, call, self.role))
+
+    def choose(self, patches: Tensor, asked: Tensor) -> Tensor:
+        """Which patches `[b p e]` stay `[b p]`, by the question's last token `[b e]`; all have length 1."""
+        salient = torch.einsum("bpe,be->bp", patches, asked)
+        return greedy(salient, patches, ceil(self.share * patches.shape[1]), self.alike)
 
 
-def greedy(salient: Tensor, tokens: Tensor, count: int, diversity: float) -> Tensor:
-    """Which patches are kept `[b p]`, by how salient they are `[b p]` and what they are `[b p e]`."""
-    salient = salient / salient.amax(-1, keepdim=True)
+def _shown(number: Tensor, there: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The patches `[b p e]`, by which of them each token is `[b|1 n]`, if any, and the last of the text `[b e]`."""
+    (tokens,) = wide(cast(Tensor, call.hidden))
     tokens = normalize(tokens, dim=-1)
+    number, there = (x.expand(len(tokens), -1) for x in (number, there))
+    place, count = torch.arange(number.shape[1], device=number.device).expand_as(number), int(number.max()) + 1
+    last = place.masked_fill(there | ~call.is_text[:, 0], 0).amax(1)
+    slot = number.where(there, count)
+    place = place.new_zeros(len(tokens), count + 1).scatter(1, slot, place)[:, :count]
+    patches = tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[-1]))
+    return patches, tokens[torch.arange(len(tokens), device=last.device), last]
+
+
+def greedy(salient: Tensor, patches: Tensor, count: int, alike: float) -> Tensor:
+    """Which patches are kept `[b p]`, by how salient they are `[b p]` and what they are `[b p e]`, of length 1."""
     kept = torch.zeros_like(salient, dtype=torch.bool)
-    gain, alike = salient, torch.full_like(salient, -torch.inf)
+    struck = kept
     for _ in range(count):
-        chosen = gain.masked_fill(kept, -torch.inf).argmax(-1, keepdim=True)
+        free = ~(kept | struck)
+        free = free | (~free.any(-1, keepdim=True) & ~kept)
+        chosen = salient.masked_fill(~free, -torch.inf).argmax(-1, keepdim=True)
         kept = kept.scatter(1, chosen, True)
-        mine = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
-        alike = torch.maximum(alike, (tokens @ mine.mT)[..., 0])
-        gain = salient + diversity * (1 - alike)
+        mine = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[-1]))
+        struck = struck | (((patches @ mine.mT)[..., 0] > alike) & (alike < 1))  # not for a rounding
     return kept
 
 
@@ -73,6 +128,6 @@ if __name__ == "__main__":
 
     model = models.tiny("vit", image_size=32)
     inputs = models.tiny_inputs(model)
-    for diversity in (0.0, 1.0):
-        with attach(model, GreedyPrune(layer=0, diversity=diversity)) as run:
-            print(diversity, run.difference(**inputs))
+    for alike in (1.0, 0.5):
+        with attach(model, GreedyPrune(layer=0, alike=alike, role="patches")) as run:
+            print(alike, run.difference(**inputs))
