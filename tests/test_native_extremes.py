@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from heedful import native
 from heedful.conformance.tolerances import LOW_PRECISION, close, error
 from heedful.core.call import Call
+from heedful.core.key_ranges import tidy
 from heedful.core.mask import Blocks, Rule, Where
 from heedful.core.method import Method
 from heedful.core.reweight import Reweight, reweights
+from heedful.core.rules import Ranged
 from heedful.core.summary import PARTS, Summary
 from heedful.engine.backends import native as backend
 
-from .kernel_calls import CAUSAL, Everything, Same, a_call, draw, run
+from .kernel_calls import CAUSAL, WEIGHINGS, Everything, Same, Weighed, a_call, compare, compare_pulled, draw, run
 from .samples import PAPER
 from .test_native import pytestmark
 
@@ -183,3 +186,34 @@ def test_what_a_shift_takes_away_was_not_rounded_before() -> None:
     found, eager = (run(name, Quieter(), q, k, v, call) for name in ("native", "reference"))
     exact = run("reference", Quieter(), q.double(), k.double(), v.double(), call)
     assert error(found, exact) <= LOW_PRECISION * error(eager, exact)
+
+
+def few_stretches(queries: int, keys: int) -> Ranged:
+    """Of each query two ranges of keys, near or in several chunks; some see nothing, and some one key."""
+    made = torch.Generator().manual_seed(2)
+    start = torch.randint(0, keys, (1, 4, queries, 2), generator=made)
+    stop = (start + torch.randint(0, 90, start.shape, generator=made) * (start % 3 != 0)).clamp(max=keys)
+    stop[:, :, ::7, 0], start[:, :, ::7, 0] = keys, keys - 1
+    start[:, :, 5::11] = stop[:, :, 5::11] = 0
+    return Ranged(tidy(torch.stack([start, stop], -1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", [None, *WEIGHINGS], ids=repr)
+def test_rows_that_see_some_stretches_of_some_chunks(how: Any, dtype: torch.dtype) -> None:
+    shape = (2, 4, 2, 70, 600, 16, 16)
+    compare("native", shape, (few_stretches(70, 600),), dtype=dtype, how=how)
+    if dtype == torch.float32:
+        method = Same() if how is None else Weighed(how)
+        compare_pulled("native", shape, (few_stretches(70, 600),), method=method, softcap=3.0)
+
+
+def test_what_no_row_near_sees_is_not_multiplied() -> None:
+    """A value that is no number reaches the rows that see it, and none of the others in their block."""
+    shape = (1, 1, 1, 96, 600, 16, 16)
+    q, k, v = draw(shape)
+    ranges = torch.tensor([[0, 10]]).where(torch.arange(96).view(1, 1, 96, 1, 1) < 48, torch.tensor([[500, 510]]))
+    odd = v.index_fill(2, torch.tensor([3]), torch.nan)
+    found, want = (run("native", Same(), q, k, x, a_call(shape, (Ranged(ranges),))) for x in (odd, v))
+    assert found[:, :, :48].isnan().all()
+    assert torch.equal(found[:, :, 48:], want[:, :, 48:])

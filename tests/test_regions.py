@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,8 +16,11 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.positions import Positions
 from heedful.core.regions import Region, coordinates, marked, numbers
 from heedful.core.sites import Site, at, reads
+
+from .kernel_calls import a_call
 
 SEEN: list[Call] = []
 
@@ -181,3 +185,19 @@ def test_says_what_is_wrong_with_roles(roles: object, rule: str) -> None:
         with pytest.raises(FieldError, match="names spans for 2 texts, and the batch has 3"):
             run(input_ids=torch.ones(3, 8, dtype=torch.long))
         run(input_ids=torch.ones(2, 8, dtype=torch.long))
+
+
+def test_places_that_are_known_to_be_alike_are_looked_up_once() -> None:
+    call = a_call((1, 2, 2, 12, 12, 4, 4), ())
+    call = replace(call, roles={"patches": Region(((2, 11),), (3, 3))})
+    queries, keys = call.coordinates("patches")
+    assert queries is keys
+    for places in (
+        call.keys.take(slice(1, 12)), call.keys.take(slice(0, 11)), call.keys.take(torch.arange(12)),
+        Positions.row(0, 12, pad=torch.tensor([2])),
+    ):  # fmt: skip
+        assert not call.queries.alike(places)
+        assert not places.alike(call.queries)
+        one, other = replace(call, keys=places).coordinates("patches")
+        assert one.equal(queries)
+        assert other.equal(coordinates(call.region("patches"), places.position))

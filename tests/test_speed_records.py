@@ -94,6 +94,8 @@ def test_mechanisms_are_timed_once_and_what_is_foretold_too_long_is_left(
     (other,) = timing.load("mechanisms")
     kept = [[row for row in x["rows"] if (row["method"], row["tokens"]) != ("MALA", 16)] for x in (other, whole)]
     assert kept[0] == kept[1], "what is not named is not timed again"
+    lengths = [row["tokens"] for row in other["rows"]]
+    assert lengths == sorted(lengths), "who reads them goes by growing lengths"
 
 
 def test_mechanisms_take_turns_with_one_softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +135,8 @@ def test_what_a_layer_takes_without_attention_is_taken_off_a_share() -> None:
     assert page.over_share(rows[0], rows) == 2.0 / 5.0 / 0.25
     rows.append(row("NoMixing", 1.0))
     assert page.over_share(rows[0], rows) == 1.0 / 4.0 / 0.25
+    rows[-1]["there"]["NoMixing"]["seconds"] = 2.5
+    assert page.over_share(rows[0], rows) == 0.0
 
 
 def test_the_length_from_which_a_mechanism_pays() -> None:

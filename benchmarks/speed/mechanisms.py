@@ -123,6 +123,7 @@ def measure(
             if base is not None and made:
                 new += asked(base, made, causal, n, rounds)
             rows = [row for row in rows if row["method"] not in some or row["tokens"] != n] + new
+            rows.sort(key=lambda row: int(row["tokens"]))  # who reads them goes by growing lengths
             timing.record(
                 NAME, rows, baseline=BASE, inputs=f"random, one text or square image, {HEADS} heads of {WIDTH // HEADS}"
             )

@@ -136,7 +136,8 @@ def mechanisms(told: Told) -> Iterator[str]:
     yield "nothing stands, a shorter text foretold too long a step, or a run ended before it came to that. Share"
     yield "of pairs: what is computed at the greatest length tried, and by how much the time exceeds such a share"
     yield f"of softmax's, of both without what the layer takes without attention, {FLOOR}'s time where it was tried."
-    yield "*both* attends to both sides, the others to the past."
+    yield "*both* attends to both sides, the others to the past. That layer turns tokens by places, which those to"
+    yield "both sides do not, whose figures are a little too low for it; where nothing is left of their time it is 0."
     yield ""
     ways = {"there": "there", "and_back": "there and back"}
     heads = [f"{said}, {n:,}" for said in ways.values() for n in lengths]
@@ -162,7 +163,7 @@ def over_share(row: Row, rows: list[Row]) -> float:
     )
     floor = next((other["there"][FLOOR]["seconds"] for other in alike), 0.0)
     mine, whole = (row["there"][name]["seconds"] - floor for name in (row["method"], BASE))
-    return mine / whole / row["density"]
+    return max(0.0, mine) / whole / row["density"]
 
 
 HEAD = (

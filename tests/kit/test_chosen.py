@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -213,3 +215,10 @@ def test_queries_and_keys_that_meet_are_parts() -> None:
 def test_nothing_is_gathered_where_parts_have_most_pairs(keys: int, parts: int) -> None:
     everyone = tuple(range(40))
     assert len(meeting(_flags(everyone), _flags(everyone[:keys]))) == parts
+
+
+def test_parts_are_gathered_once_however_many_ask() -> None:
+    gather = Mock(return_value=())
+    rule = Reached(Mock(), Mock(), gather)
+    assert rule.parts() == rule.parts() == ()
+    gather.assert_called_once_with()

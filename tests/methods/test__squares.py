@@ -110,6 +110,25 @@ def test_where_patches_are_missing_or_stand_otherwise_nothing_is_gathered(cheap:
     assert blind.rules[0].parts() == ()
 
 
+def test_a_grid_is_cut_once_for_all_that_cut_it_so(cheap: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor | None, ...]] = []
+    cut = _squares._cut
+
+    def asked(*given: Any) -> Any:
+        seen.append(found := cut(*given))
+        return found
+
+    monkeypatch.setattr(_squares, "_cut", asked)
+    cut.cache_clear()
+    with torch.inference_mode():
+        for far, before in ((1, 0), (1, 3), (2, 0)):
+            call = _call((9, 5), before, 1)
+            assert len(narrowed(call.mask, call, near(far)).rules[0].parts()) == 2
+    assert cut.cache_info().misses == 2
+    assert seen[0] is seen[1]
+    assert not any(x.is_inference() for found in seen for x in found if x is not None), "none could be learned through"
+
+
 def noted(asked: list[int], *given: Any) -> Tensor:
     asked.append(1)
     return in_parts(*given)
