@@ -33,6 +33,11 @@ PAPER = Paper(
     2018,
     "1806.07421",
     "BMVC 2018",
+    differs=(
+        "tokens of a text are removed; the authors' code sets pixels to zero, and puts them back on a blurred image",
+        "the log-probability less that of the whole text, against random orders: theirs is the class's probability",
+        "the first token, the last and the one predicted at stay",
+    ),
 )
 TOKENS = 512  # in one forward: logits of a whole vocabulary are large
 
