@@ -27,8 +27,10 @@ class CONFORM(Guidance):
         "2312.06059",
         "CVPR 2024",
         differs=(
-            "Groups of single words, for which the authors' code has a margin loss in place of InfoNCE, are parted by "
-            "the maps of two steps alone, and have no loss in a step that stands alone.",
+            "Groups of single words are parted by the maps of two steps alone, and have no loss in a step that stands "
+            "alone, as the authors' code by default; it has a margin loss for them too.",
+            "Words share places by attention as it is, as in the authors' notebook; their pipeline, unless told, by a "
+            "softmax over words of 100 times that.",
             "Twenty moves within steps 0, 10 and 20 are left to the caller: call run and moved again.",
             "Maps are averaged over the layers it is attached to; the authors take those of 16 x 16 places.",
         ),
