@@ -25,7 +25,8 @@ class GAAM(Method):
             "Gaussians are multiplied, as in the authors' package; its first versions add them, and scripts of their "
             "experiments have a single one for each feature, whose weights need not add up to one. The product over "
             "its sum is a softmax of the sum of their exponents, which cannot underflow and needs no bound.",
-            "Spreads are drawn by a generator seeded by the layer's number.",
+            "Spreads begin as exponentials of normal numbers, which keeps them from zero, where the authors' begin as "
+            "normal numbers; they are drawn by a generator seeded by the layer's number.",
         ),
     )
     subjects = ("image",)

@@ -24,7 +24,8 @@ PAPER = Paper(
     differs=(
         "No weights of the kernels are dropped in training (the authors' DropConnect).",
         "There are as many kernels as the layer has heads unless `heads` says otherwise; the authors have 16.",
-        "First weights come from a generator seeded by the layer's number and do not touch the global one.",
+        "First weights come from a generator seeded by the layer's number and do not touch the global one; the map "
+        "that predicts kernels is drawn as all others are, where the authors' code draws it as torch.nn.Linear does.",
     ),
 )
 
@@ -52,7 +53,7 @@ class Convolution(Method, abstract=True):
 
 
 def drawn(random: torch.Generator, *shape: int) -> Tensor:
-    """Evenly from minus to plus sqrt(6 / (fan in + fan out)), as the authors' code draws all weights."""
+    """Evenly from minus to plus sqrt(6 / (fan in + fan out)), as the authors' code draws most weights."""
     rest = math.prod(shape[2:])
     return (2 * torch.rand(shape, generator=random) - 1) * math.sqrt(6 / ((shape[0] + shape[1]) * rest))
 

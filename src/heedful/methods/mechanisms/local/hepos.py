@@ -39,6 +39,8 @@ class Hepos(Method):
         differs=(
             "Pairs are left out by a mask: what a head does not see costs no softmax, and its memory is not saved.",
             "Places are counted from where each source begins. A head for which a source is too short gives zeros.",
+            "Nothing is put behind a source; the authors' code puts 1 to `stride` zero vectors there, until its length "
+            "is a multiple of the stride, and heads see these too.",
         ),
     )
     subjects = ("cross",)

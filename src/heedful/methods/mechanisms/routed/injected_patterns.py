@@ -69,6 +69,8 @@ class InjectedPatterns(Method):
             "be seen, the query sees as it did; in the authors' code it looks at all places evenly.",
             "Whether a token has one alike is asked among the keys that it may see, so that the patterns hold for "
             "causal models too.",
+            "Heads of alike tokens and of the own sentence weigh the places of their pattern by their scores, which is "
+            "one of two ways in the authors' code; the other, even weights over them, is not part of it.",
             "Heads are given their patterns in a model's own attention, as in the authors' models without pretraining; "
             "pattern heads beside it (projected attention layers) are not added.",
         ),

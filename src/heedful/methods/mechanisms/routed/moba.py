@@ -24,7 +24,7 @@ class MoBA(Method):
         "2502.13189",
         differs=(
             "New tokens choose blocks as those of the prompt do; the authors' code decodes with full attention.",
-            "Blocks are counted from where each text begins.",
+            "Blocks are counted from where each text begins; the authors' layer for transformers counts padding too.",
             "Means of keys are float32 at least; the authors round them to the keys' own type before the product.",
             "Blocks are a mask's, query by query: what the authors' kernel saves by laying queries of one block "
             "beside one another is not saved here.",

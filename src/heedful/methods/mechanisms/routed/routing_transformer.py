@@ -40,7 +40,8 @@ class RoutingTransformer(Method):
             "training. New tokens choose anew among all so far; a query that was read without it is in no cluster.",
             "Scores have the model's factor; in the authors' code the levelling of queries takes theirs away again.",
             "Means begin with a count of one each, where the authors count from zero, and move in each call of a "
-            "module that trains, after it has chosen by them. There is no commitment loss.",
+            "module that trains, after it has chosen by them: once by queries and keys together, where the authors' "
+            "encoders move them by queries and then by keys. There is no commitment loss.",
         ),
     )
     one_text = True
