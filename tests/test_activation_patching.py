@@ -217,6 +217,13 @@ def test_overlap_of_circuits() -> None:
         (lambda m: path_patching(m, CLEAN, CORRUPT, metric, receivers=[(1, 0), (1, -1)]), "counted from 0"),
         (lambda m: path_patching(m, CLEAN, CORRUPT, metric, receivers=[(1, 0)], layers=[1]), "above layer 1"),
         (lambda m: path_patching(m, CLEAN, CORRUPT, metric, side="o"), "must be 'q', 'k' or 'v'"),
+        *(
+            (
+                lambda m, s=s: path_patching(m, CLEAN, CORRUPT, metric, receivers=[(1, 3)], side=s),
+                rf"receivers = \[\(1, 3\)\]: must be whole groups .*'{s}'.*receivers=\[\(1, 2\), \(1, 3\)\]$",
+            )
+            for s in "kv"
+        ),
         (lambda m: Patch(positions=(-1,)), "must be text positions"),
         (lambda m: heedful.attach(m, Patch(Fitted({"0": torch.ones(1, 3, 6, 8)})))(input_ids=CLEAN), "values of a run"),
     ],

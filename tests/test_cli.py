@@ -98,6 +98,13 @@ def test_every_function_that_is_sought_is_there_and_called_so() -> None:
         assert all(word.split("=")[0] in known or word == "text" for word in rest.rstrip(")").split(", ")), call
 
 
+def test_a_function_is_shown_with_all_that_it_takes() -> None:
+    said = told("show", "path_patching")
+    assert "receivers: Iterable[Head] = ()" in said
+    assert "side: Literal['q', 'k', 'v'] = 'q'" in said
+    assert "**how" in told("show", "ablate")
+
+
 def test_functions_are_found_shown_and_cited_as_methods_are() -> None:
     call = "heedful.explaining.linearity(model, batches)"
     found = functions()["linearity"]

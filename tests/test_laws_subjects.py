@@ -15,6 +15,7 @@ from heedful.conformance import model_laws
 from heedful.conformance.model_laws import meeting, partners
 from heedful.conformance.subjects import SUBJECTS, once, subjects_of, tiny_model
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.method import Method
@@ -180,6 +181,27 @@ def test_a_method_may_wait_for_a_gradient_but_then_must_act() -> None:
     verdict = check(ByNothing(), only=("example_acts",))["example_acts"]
     assert verdict.outcome == "broken"
     assert "changes nothing beyond rounding" in verdict.reason
+
+
+class BeginsAsNothing(Method):
+    """Its example adds what it has learned, which at first is nothing."""
+
+    paper = PAPER
+
+    def parameters(self, layer: Layer) -> dict[str, torch.Tensor]:
+        return {"added": torch.zeros(layer.heads, 1, 1)}
+
+    @at(Site.HEAD_OUTPUT)
+    def add(self, heads: Tensor, call: Call) -> Tensor:
+        return heads + call.params["added"]
+
+
+def test_what_begins_as_nothing_is_told_what_its_example_should_do() -> None:
+    assert (
+        "let `example` begin with parameters that act"
+        in check(BeginsAsNothing, only=("example_acts",))["example_acts"].reason
+    )
+    assert "parameters" not in check(ByNothing(), only=("example_acts",))["example_acts"].reason
 
 
 class MeanSoFar(Method):

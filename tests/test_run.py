@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,9 @@ def test_density_cache_and_nan_are_seen(model: nn.Module) -> None:
     assert seen.kept[0] == (2 * (4 + 5), 2 * 2 * 12)
     assert not seen.nan
     assert "cache entries kept: 36 of 96" in str(seen)
+    assert f"pairs computed in the largest call: {kept:.1%} of its queries times keys" in str(seen)
+    unlike = replace(seen, density={0: 0.25, 1: 0.5})
+    assert "largest call: 25.0% to 50.0%, by layer, of its queries times keys" in str(unlike)
     broken = edit(Site.HEAD_OUTPUT, lambda heads, call: heads * float("nan"))
     with attach(model, broken) as run:
         logits(run)

@@ -58,6 +58,13 @@ class Function:
         needed = [x for x in given if x.default is x.empty and x.kind is not x.VAR_KEYWORD]
         return f"{self.name}({', '.join(f'*{x.name}' if x.kind is x.VAR_POSITIONAL else x.name for x in needed)})"
 
+    @property
+    def options(self) -> dict[str, str]:
+        """What it may be given beside that, by name: its kind and its default."""
+        given = inspect.signature(self.itself).parameters.values()
+        named = {x.name: f": {x.annotation} = {x.default!r}" for x in given if x.default is not x.empty}
+        return named | {f"**{x.name}": "" for x in given if x.kind is x.VAR_KEYWORD}
+
 
 @cache
 def functions() -> dict[str, Function]:

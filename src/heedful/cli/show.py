@@ -42,6 +42,8 @@ def show(
     kind = found(name)
     if isinstance(kind, Function):
         console.print(f"{kind.call}\n{kind.about}", markup=False, highlight=False)
+        for option, told in kind.options.items():
+            console.print(f"  {option}{told}", markup=False, highlight=False)
         _tell(kind.paper)
         return
     module = inspect.getmodule(kind)

@@ -94,7 +94,7 @@ def example_acts(method: Method) -> None:
         steps = subject is TEXT and _edits(method)
         with torch.set_grad_enabled(not _edits(method)), subject.attach(model, method) as run:
             found = _two_steps(run) if steps else run(**subject.inputs()).logits
-            seen = run.activity()
+            seen, learns = run.activity(), bool(run.parameters())
             if found.requires_grad:  # some readings are of gradients
                 found.sum().backward()
                 model.zero_grad()
@@ -108,7 +108,8 @@ def example_acts(method: Method) -> None:
         if close_model(found, native):
             if _acts_after_a_gradient(method, subject, model):
                 continue
-            raise Broken(f"{kind}: {method!r} changes nothing beyond rounding")
+            hint = "; let `example` begin with parameters that act" if learns else ""
+            raise Broken(f"{kind}: {method!r} changes nothing beyond rounding{hint}")
         if seen.inactive:
             raise Broken(f"{kind}: {'; '.join(seen.inactive)} changed nothing (what only looks is marked @reads)")
 

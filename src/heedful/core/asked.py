@@ -32,7 +32,7 @@ _BY_KIND: dict[str, Any] = {
     "CatalogueEntry": Code("TempScale(0.9)"), "Tensor": Code("torch.tensor([[1, 2, 3]])"), "Path": "folder",
     "Prompt": Code("Prompt((1, 2, 3))"), "Callable": Code("a function"), "Profile": Code("another profile"), "int": 1,
     "a number": 0.5, "str": "text", "bool": True, "tuple": (1, 2), "Sequence": [1, 2], "Iterable": [1, 2],
-    "Site": Code("Site.PATTERN"),
+    "Site": Code("Site.HEAD_OUTPUT"),
 }  # fmt: skip
 
 _SAID = {  # kinds that a user need not know by name

@@ -30,7 +30,7 @@ class Activity:
     layers: int
     entered: tuple[int, ...]
     inactive: tuple[str, ...]
-    density: dict[int, float]
+    density: dict[int, float]  # pairs computed over queries times keys, of a layer's largest call: causally about half
     kept: dict[int, tuple[int, int]]
     cache_bytes: dict[int, tuple[int, int]]  # held, and of the whole cache
     backends: dict[int, str]
@@ -47,8 +47,9 @@ class Activity:
             + (f", computed by {', '.join(used)}" if used else "")
         ]
         if self.density:
-            low, high = min(self.density.values()), max(self.density.values())
-            lines.append(f"pairs computed: {low:.1%} to {high:.1%} of all query-key pairs, by layer")
+            low, high = (f"{share:.1%}" for share in (min(self.density.values()), max(self.density.values())))
+            shares = low if low == high else f"{low} to {high}, by layer,"
+            lines.append(f"pairs computed in the largest call: {shares} of its queries times keys")
         if self.kept:
             held, seen = (sum(x) for x in zip(*self.kept.values(), strict=True))
             lines.append(f"cache entries kept: {held} of {seen} ({held / max(1, seen):.1%})")

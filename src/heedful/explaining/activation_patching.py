@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from heedful.adapters.wrapped import device_of
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import Code, FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
@@ -135,6 +136,7 @@ def path_patching(
     All other heads hold what they had on the clean prompts, so that a sender reaches its receivers through the stream
     and MLPs only. Without receivers that is the logits. With them, it is their queries, keys or values (`side`): what
     they become is put into another clean run, two forwards for each head. A share is how much of the metric is lost.
+    Where heads share keys and values, receivers of these are whole groups.
     """
     if side not in SIDES:
         raise FieldError("path_patching()", "side", side, "must be 'q', 'k' or 'v'", "q")
@@ -146,7 +148,9 @@ def path_patching(
         rule = (
             f"must be (layer, head) pairs of the model's {len(sizes)} layers, one or more of them above layer {first}"
         )
-        raise FieldError("path_patching()", "receivers", heads_of, rule, [(len(sizes) - 1, 0)])
+        raise FieldError("path_patching()", "receivers", _as_pairs(heads_of), rule, [(len(sizes) - 1, 0)])
+    if side != "q":
+        _require_groups(probe.sizes, heads_of, side)
     before, after = (Patch(probe.kept(ids)) for ids in (probe.clean, probe.corrupt))
 
     def effect(head: Head) -> float:
@@ -258,6 +262,23 @@ class _Probe:
             for head in range(size.heads if size.number in self.requested else 0):
                 share[size.number, head] = effect((size.number, head))
         return HeadEffects(share, self.high, self.low)
+
+
+def _as_pairs(heads_of: Mapping[int, list[int]]) -> list[Head]:
+    return [(layer, head) for layer, heads in heads_of.items() for head in heads]
+
+
+def _require_groups(sizes: Sequence[Layer], heads_of: Mapping[int, list[int]], side: str) -> None:
+    """Refuse receivers that share a key head with heads that are none: what is put there would reach those too."""
+    for layer in (size for size in sizes if size.number in heads_of):
+        count = layer.heads // layer.kv_heads
+        groups = {head // count for head in heads_of[layer.number]}
+        whole = [(layer.number, count * group + i) for group in sorted(groups) for i in range(count)]
+        if len(whole) != len(heads_of[layer.number]):
+            rule = (
+                f"must be whole groups with side={side!r}: {count} heads each share a key head in layer {layer.number}"
+            )
+            raise FieldError("path_patching()", "receivers", _as_pairs(heads_of), rule, whole)
 
 
 def _require_texts_apart(inputs: Mapping[str, Tensor]) -> None:
