@@ -102,11 +102,11 @@ class CircuitCodes(Method):
         if self.sae is None:
             encoder = _drawn(d, RANDOM_FEATURES, torch.Generator().manual_seed(seed_of(self, "sae")))
             return encoder.to(means).expand(h, -1, -1), means.new_zeros(RANDOM_FEATURES)
-        encoder = self.sae.get(f"encoder.{layer}")
-        if encoder is None or encoder.shape[:2] != (h, d):
+        own = self.sae.get(f"encoder.{layer}")
+        if own is None or own.shape[:2] != (h, d):
             rule = f"must have {h} heads of width {d} in layer {layer}"
             raise FieldError(self, "sae", self.sae, rule, "a fit to this model")
-        return encoder.to(means), self.sae["bias"].to(means)
+        return own.to(means), self.sae["bias"].to(means)
 
     def answer(self, readings: Readings) -> Codes:
         each = [torch.cat(stat.value).T for stat in readings.values()]  # [h texts]
