@@ -27,7 +27,7 @@ class DynamicMaskAttention(Method):
             "Of keys that count alike the newest are seen, where the authors leave it to chance: their a is 0 at the "
             "start, so that all count alike, and this begins as a sliding window.",
             "m has its exp, as in the paper and in the authors' models in transformers; their later code adds what "
-            "stands in it, a softplus(W v), and chooses by that, which is the same choice.",
+            "stands in it, a softplus(W v): it chooses the same keys, and adds less to their scores.",
             "The norms of queries and keys in the authors' models are not part of it.",
             "Values of all key heads tell what counts for each of them, as in the authors' code, so it does not go on "
             "behind a cache whose heads hold unlike tokens.",
