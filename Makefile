@@ -69,7 +69,7 @@ format: setup ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: setup ## mypy over the package
+types: setup ## mypy over the package and the claims
 	$(BIN)/mypy
 
 coverage: setup ## line and branch coverage of the test suite

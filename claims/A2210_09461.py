@@ -7,7 +7,7 @@ from torch import Tensor
 
 from claims._merged import SHOWN, merged
 from claims.ledger import Claim, run
-from heedful.authoring import Call, Merged, Site, at
+from heedful.authoring import Call, Merged, Site, adds, at
 from heedful.kit.merging import numbered
 from heedful.methods import ToMe
 
@@ -42,10 +42,10 @@ class _Dropped(_Drawn):
 class _Unweighted(ToMe):
     """Merged as ToMe has it, but each counts as one in attention."""
 
-    @at(Site.SCORES)
-    def weigh(self, scores: Tensor, call: Call) -> Tensor:
-        ToMe.weigh(self, scores, call)
-        return scores
+    @adds
+    def weigh(self, call: Call) -> Tensor | None:
+        ToMe.weigh(self, call)
+        return None
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from claims import P322
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import fit, operate
@@ -18,13 +19,13 @@ LAYERS = (8, 20)
 
 def shown(seed: int, count: int = SHOWN) -> list[dict[str, Tensor]]:
     """Texts to fit on, one batch."""
-    ids = [P322.loaded().tokenizer(x).input_ids[:TOKENS] for x in apart(seed, count, TOKENS, fitting=True)]
+    ids = [default().tokenizer(x).input_ids[:TOKENS] for x in apart(seed, count, TOKENS, fitting=True)]
     return [{"input_ids": torch.tensor(ids)}]
 
 
 def lost(how: Calibrated | Absmax, seed: int) -> float:
     """Loss on texts unseen, once rounded."""
-    model = P322.loaded().model
+    model = default().model
     return P322.loss(operate(model, fit(how, model, shown(seed))), unseen(seed))
 
 
@@ -34,7 +35,7 @@ def unseen(seed: int) -> list[Tensor]:
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     numbers = {
-        "loss": P322.loss(P322.loaded().model, unseen(seed)),
+        "loss": P322.loss(default().model, unseen(seed)),
         "loss, nearest": lost(Absmax(3, layers=LAYERS), seed),
         "loss, all tokens alike": lost(RSQ(least=1.0, layers=LAYERS), seed),
         "loss, by attention": lost(RSQ(layers=LAYERS), seed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,12 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     layers = [tuple((layer, head) for head in range(HEADS)) for layer in LAYERS]
     layer = max(layers, key=lambda heads: objective(of(heads)))
     others = [tuple(draw.sample([head for head in EVERY if head not in hunted], ROUNDS)) for _ in range(DRAWS)]
-    ways = {"plain": [()], "hunted heads": [hunted], "the best layer": [layer], "other heads": others}
+    ways: dict[str, list[Any]] = {
+        "plain": [()],
+        "hunted heads": [hunted],
+        "the best layer": [layer],
+        "other heads": others,
+    }
     numbers = {"right where searched, plain": searched.judged(of(()))[1]}
     numbers["right where searched, hunted heads"] = searched.judged(of(hunted))[1]
     for name, each in ways.items():

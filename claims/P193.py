@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from claims._lab import BYTES, LAB, numbers
 from claims.ledger import Claim, run
 from heedful.authoring import Call, Method, Site, at
-from heedful.laboratory.records import as_stack
+from heedful.core.method import as_stack
 from heedful.laboratory.training import opened
 from heedful.methods import LandmarkAttention
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from claims import P322
+from claims._loaded import default
 from claims.ledger import Claim, run
 from claims.P027 import SHOWN, TOKENS, UNSEEN, lost, unseen
 from heedful.kit.grids import damped
@@ -34,7 +35,7 @@ class _Alike(Calibrated):
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     numbers = {
-        "loss": P322.loss(P322.loaded().model, unseen(seed)),
+        "loss": P322.loss(default().model, unseen(seed)),
         "loss, nearest": lost(Absmax(BITS, layers=LAYERS), seed),
         "loss, by inputs alone": lost(_Alike(BITS, layers=LAYERS), seed),
         "loss, by what outputs meet": lost(TurboBoA(BITS, layers=LAYERS), seed),

@@ -7,7 +7,7 @@ import torch
 from claims._lab import SHORT, numbers
 from claims._tiny_lm import HeadNorm
 from claims.ledger import Claim, run
-from heedful.laboratory.records import as_stack
+from heedful.core.method import as_stack
 from heedful.laboratory.training import fresh
 from heedful.methods import SigmoidAttention
 

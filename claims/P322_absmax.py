@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from claims import P322
+from claims._loaded import default
 from claims.ledger import run
 from heedful import operate
 from heedful.methods import Absmax
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    ids, model = P322.texts(seed), P322.loaded().model
+    ids, model = P322.texts(seed), default().model
     numbers = {"loss": P322.loss(model, ids)}
     for bits in (8, 4):
         for share in ("row", "matrix"):

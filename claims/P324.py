@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from claims import P322
+from claims._loaded import default
 from claims.ledger import Claim, run
 from heedful.methods import FP4
 
@@ -21,7 +22,7 @@ FORWARD = ("gate_proj", "up_proj", "down_proj")
 @contextmanager
 def rounded(what: FP4, names: tuple[str, ...], layers: range) -> Iterator[Any]:
     """The model with the named projections in four bits in these layers, for the length of a `with`."""
-    model: Any = P322.loaded().model
+    model: Any = default().model
     maps = [
         module
         for number in layers
@@ -41,7 +42,7 @@ def rounded(what: FP4, names: tuple[str, ...], layers: range) -> Iterator[Any]:
 @torch.no_grad()
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     ids = P322.texts(seed)
-    whole, depth = P322.loss(P322.loaded().model, ids), len(P322.loaded().model.model.layers)
+    whole, depth = P322.loss(default().model, ids), len(default().model.model.layers)
     numbers = {"loss": whole}
     for name in (*ATTENTION, *FORWARD):
         with rounded(FP4("mxfp4"), (name,), range(depth)) as model:

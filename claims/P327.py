@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from claims import P322
+from claims._loaded import default
 from claims.ledger import Claim, run
 from claims.P027 import TOKENS, shown
 from heedful import fit, operate
@@ -27,7 +28,7 @@ def dealt(seed: int, scales: Fitted) -> Fitted:
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, ids = P322.loaded().model, P322.texts(seed)
+    model, ids = default().model, P322.texts(seed)
     found = fit(QuantVLA(Absmax(BITS)), model, shown(seed, SHOWN))
     table = torch.stack(list((found.scales or {}).values()))
     numbers = {
