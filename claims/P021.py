@@ -115,8 +115,8 @@ CLAIM = Claim(
     key="P021",
     method="agreement",
     says="Attention-based explanations correlate strongly with no method of feature attribution.",
-    paper_number="no tau in the abstract, which says that attention correlates strongly with none of five "
-    "attributions, and on a transformer none of them with another",
+    paper_number="mean tau of rollout with five attributions 0.05 to 0.27 on DistilBERT, of attention with them 0.01 "
+    "to 0.32 on a BiLSTM, over five sets of texts (tables 1 and 2)",
     setup=f"Encoders of 2 layers that learn in {STEPS} steps whether more of {TELLING} words among {LENGTH} are good "
     f"than bad; {TEXTS} unseen texts, each explained by the last layer's attention from the first token, by rollout, "
     "gradient times input, integrated gradients and occlusion. Kendall's tau is strong from 0.5 up, where three pairs "

@@ -33,6 +33,8 @@ PAPER = Paper(
         "The projections of attention alone; the authors take those of the feed-forward part too.",
         "Each batch has a gradient of its own, and their sizes are averaged; the authors give one batch of 50 "
         "paragraphs, whose gradients cancel where they disagree.",
+        "Gradients are those of the weights as the model has them; the authors' are of weights that a norm's gains "
+        "were multiplied into, and whose output is centred, as TransformerLens loads models.",
         "Their contrastive objective, unlearning by the largest gradients, perturbed prefixes, and the correlation of "
         "a head's attention with how rare tokens are, are not here.",
     ),

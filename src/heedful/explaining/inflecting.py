@@ -33,8 +33,8 @@ PAPER = Paper(
     2025,
     "2511.00797",
     differs=(
-        "How the author weighs sharp maps against dying gradients was not at hand: here both are told in standard "
-        "deviations over the model's layers, and added.",
+        "Written from the abstract. How the author weighs sharp maps against dying gradients was not at hand: here "
+        "both are told in standard deviations over the model's layers, and added.",
         "Gradients of parameters are those of the attention layer alone.",
         "Change of representations (delta CKA) is 1 less the diagonal of `likeness(before, after, batches).layers`: "
         "no basis of principal axes is shared. Adapters are the reader's own.",

@@ -34,16 +34,18 @@ class ReAGent:
         2024,
         "2402.00794",
         differs=(
-            "What stands in place of a token is drawn from `among`, or the whole vocabulary, as the authors' code can; "
-            "the paper takes RoBERTa's guesses, or words of the same part of speech.",
+            "What stands in place of a token is drawn from `among`, or the whole vocabulary, as the authors' code can, "
+            "which leaves out the tokens that begin and end a text and stand for unknown words; the paper takes "
+            "RoBERTa's guesses, or words of the same part of speech.",
+            "A fall of probability of 1, which would count without end there, is taken for one of a millionth less.",
             "Where no run is done in time the mean is of all of them; the authors' would be of none.",
             "Runs that are done are asked no more.",
         ),
     )
     replaced: float = 0.3  # chance of each token to be replaced in a step; the authors: 0.1 to 0.3
-    kept: int = 5  # tokens that must carry the answer alone; the authors: 5 to 8
-    within: int = 5  # of the likeliest answers, where it must be found; the authors: 3 to 5
-    runs: int = 5  # from other beginnings; the authors: 5
+    kept: int = 5  # tokens that must carry the answer alone; the authors: 5 or 8
+    within: int = 5  # of the likeliest answers, where it must be found; the authors: 3 or 5
+    runs: int = 5  # from other beginnings; the authors: 3 to 10
     steps: int = 3000  # after which a run ends all the same; the authors: 3000 to 5000
     among: tuple[int, ...] = ()  # tokens to draw from; (): the whole vocabulary
     seed: int = 0

@@ -26,7 +26,8 @@ PAPER = Paper(
     differs=(
         "The authors' full text was not at hand: the score is read off another's code that follows it.",
         "Spans share no token, and what no span holds is one of its own; the authors let spans overlap by a part.",
-        "What a pair must pay is the mean weight of pairs as near as a span is long, unless it is given.",
+        "What a pair must pay is the mean weight of pairs as near as the longest span is long, unless it is given. "
+        "Only a token and itself or one before it are a pair; in that code those that a causal map leaves out pay too.",
         "Spans alone: their index vectors, their retrieval and the streaming are not here.",
     ),
 )

@@ -26,8 +26,9 @@ class DAS(Method):
             "Behind the attention of a vision transformer, as behind a convolution in the authors' networks.",
             "Tokens outside the grid of patches, as a class token, are left as they are; the authors' models have "
             "none. Layers that are causal, or whose patches lie on no grid, are refused.",
-            "Convolutions have no bias but that of offsets: the norms behind them would take it away. Weights "
-            "are drawn as torch.nn.Conv2d draws them, by a generator seeded by the layer's number.",
+            "Convolutions have no bias but that of offsets: the first norm would take it away, and the last has one "
+            "of its own, where others' code has both. Weights are drawn as torch.nn.Conv2d draws them, by a generator "
+            "seeded by the layer's number.",
         ),
     )
     subjects = ("image",)

@@ -31,8 +31,9 @@ class GatedSwinRMT(Method):
             "The variant with softmax (Retention); the one with sigmoids is not here, nor is the authors' pyramid.",
             "The paper's abstract was at hand; the decay of each head, and its logarithm added to scores, are those of "
             "RMT's code, whose convolution of values is five wide too. Queries and keys come as the model makes them.",
-            "Windows at the border of an image are smaller, and none wraps around it. In causal models, and where the "
-            "patches are no grid or not all are read at once, softmax stays.",
+            "A window is as wide as it is told; the authors' grows to the whole map where that is small. Windows at "
+            "the border of an image are smaller, and none wraps around it. In causal models, and where the patches "
+            "are no grid or not all are read at once, softmax stays.",
             "Tokens outside the grid of patches, as a class token, get nothing and are seen by none; the authors' "
             "models have none. Let the last layer attend, .on(layers=...), where a model reads a class token.",
             "Convolution and gate are drawn as torch.nn draws them, by a generator seeded by the layer's number.",

@@ -22,6 +22,7 @@ class TKL(Method):
             "The authors take a chunk with what is around it through all layers and keep the chunk; here a token on a "
             "chunk's border has its own surroundings in each layer, so that several layers see further. In the first "
             "layer both are the same.",
+            "Positions are the model's; the authors' begin again at 0 in every chunk, with what is around it.",
             "What is not computed is left out by the mask, not by packing chunks.",
         ),
     )

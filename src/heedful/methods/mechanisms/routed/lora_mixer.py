@@ -27,10 +27,13 @@ class LoRAMixer(Beside):
         "ICLR 2026",
         differs=(
             "Written from the abstract, which speaks of hard and soft routing to the best experts and of a loss for "
-            "balance and specialisation by entropies; the formulas behind them were not at hand, and are ours.",
-            "A token's gates are the best experts' shares; gradients reach the router as if they were all shares.",
+            "balance and specialisation by entropies, and from what readers quote of the paper.",
+            "A token's gates are the best experts' shares, and gradients reach the router as if they were all shares; "
+            "by readers' account the authors mix all experts in training, and the best ones only afterwards.",
             "The loss is less what an expert tells of a token, in nats: the mean entropy of a token's shares less the "
-            "entropy of their mean. It is added outside of training too, wherever labels are given.",
+            "entropy of their mean. As quoted, the authors' is a balance, the sum over experts of mean share times "
+            "mean gate, less the mean entropy, each with a factor; their words, and ours, have entropy made small. It "
+            "is added outside of training too, wherever labels are given.",
             "Experts of the output projection map the heads before it. In state-space models, which the authors serve "
             "too, there are no queries to add to.",
         ),
