@@ -119,11 +119,12 @@ def test_functions_are_found_shown_and_cited_as_methods_are() -> None:
     assert sought("depth use") == ["heedful.explaining.depth_use(model, batches)"]
     assert sought("logit_lens") == ["heedful.explaining.logit_lens(model, text)"]
     assert sought("") == []
-    for name in ("linearity", "heedful.explaining.linearity", "p244", "LINEARITY"):
+    for name in ("linearity", "heedful.explaining.linearity", "p244", "LINEARITY", call, "linearity()"):
         text = told("show", name)
         assert text.startswith(call + "\n" + found.about.splitlines()[0])
         assert all(sentence[:30] in text for sentence in found.paper.differs)
     assert told("show", "depth-use") == told("show", "depth_use")
+    assert told("show", "1806.07421") == told("show", "faithfulness")
     assert told("cite", "linearity", "P244", "linearity").strip() == found.paper.bibtex()
     assert told("cite", "sinkrate | linearity").count("@article") == 2
     with pytest.raises(HeedfulError, match=r"heedful\.ablate\(model, heads\) follows no paper; cite the methods"):

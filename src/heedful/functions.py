@@ -80,15 +80,16 @@ def functions() -> dict[str, Function]:
 
 def found(name: str) -> type[CatalogueEntry] | Function:
     """The method of that name or paper, or else the function, however its name is written."""
+    asked = name_in(name)  # what it is called with changes nothing
     try:
-        return find(name_in(name))  # settings that follow change nothing
+        return find(asked)
     except CatalogueError:
-        plain = name.lower().rpartition(".")[2].replace("-", "_")
-        by_key = {function.paper.key.lower(): function for function in functions().values() if function.paper}
-        known = functions() | by_key
-        if plain not in known:
+        low, known = asked.lower(), functions()
+        by_key = {paper.key.lower(): one for one in known.values() if one.paper for paper in one.paper.every}
+        function = by_key.get(low) or known.get(low.rpartition(".")[2].replace("-", "_"))
+        if function is None:
             raise
-        return known[plain]
+        return function
 
 
 def sought(word: str) -> list[str]:

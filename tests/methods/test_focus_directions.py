@@ -1,4 +1,4 @@
-"""FocusDirections: directions added to queries and keys, and learned from attention mass."""
+"""FocusDirections: directions added to queries, and learned from attention mass."""
 
 from __future__ import annotations
 

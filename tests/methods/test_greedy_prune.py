@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import heedful
 from heedful import models
@@ -74,6 +75,48 @@ def test_an_encoder_chooses_by_its_class_token(share: float, count: int) -> None
         x = x[0] if isinstance(x, tuple) else x
         assert close_model(found[row], model.classifier(model.vit.layernorm(x)[0, 0]))
     assert any(chosen), "the threshold strikes some out"
+
+
+@torch.no_grad()
+def test_an_encoders_registers_do_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**size)).eval()
+    images, choose, seen = torch.randn(2, 3, 16, 16), GreedyPrune.choose, []
+
+    def told(self: GreedyPrune, patches: Tensor, asked: Tensor) -> Tensor:
+        seen.append((patches, asked))
+        return choose(self, patches, asked)
+
+    monkeypatch.setattr(GreedyPrune, "choose", told)
+    with heedful.attach(model, GreedyPrune(0, role="patches")) as run:
+        run(pixel_values=images)
+    shown = model.encoder.layer[0].norm1(model.embeddings(images))
+    shown = shown / shown.norm(dim=-1, keepdim=True)
+    assert close_model(seen[0][0], shown[:, 5:])  # behind the class token and four registers
+    assert close_model(seen[0][1], shown[:, 0])
+
+
+@torch.no_grad()
+def test_each_text_of_a_batch_has_its_own_number_of_patches() -> None:
+    model = models.tiny("llama", num_hidden_layers=3)
+    ids = torch.randint(3, 100, (3, 20), generator=torch.Generator().manual_seed(0))
+    roles = [{"image": ((1, 13),)}, {"image": ((1, 4), (6, 9))}, {"image": ((2, 5),)}]
+    method = GreedyPrune(0, 0.5, 0.3)
+    with heedful.attach(model, method, roles=roles) as run:
+        found = run(input_ids=ids).logits
+        for row in range(3):
+            run.roles = roles[row]
+            assert close_model(found[row], run(input_ids=ids[row : row + 1]).logits[0])
+
+
+@torch.no_grad()
+def test_where_nothing_asks_it_says_so() -> None:
+    model, ids = models.tiny("llama"), torch.randint(3, 100, (1, 8))
+    with (
+        pytest.raises(FieldError, match=r"roles = .*image must leave each text a token that asks"),
+        heedful.attach(model, GreedyPrune(0), roles={"image": ((0, 8),)}) as run,
+    ):
+        run(input_ids=ids)
 
 
 @torch.no_grad()

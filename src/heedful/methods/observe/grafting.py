@@ -62,6 +62,8 @@ class Grafting(Method):
         "2506.05340",
         "NeurIPS 2025",
         differs=(
+            "The authors' text was at hand in its abstract and others' accounts, and no measure of locality was found "
+            "in their code.",
             "The measure of locality alone, on any model; replacing what a layer does, teaching it on the model's own "
             "activations and then the whole is AttentionEditing, and the authors' gated convolutions are not here.",
             "Places are those of tokens in their row, as in the paper, for images too.",

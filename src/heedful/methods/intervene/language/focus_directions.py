@@ -116,7 +116,7 @@ class FocusDirections(Method):
 
     def _learned(self, context: FitContext, split: _Split, layer: int, heads: list[int]) -> Tensor:
         """The directions of a layer's heads `[h d]`, in a model that is as it was in all others."""
-        stack = _Learner(mine=tuple(heads)).on(layers=layer) | _Mass().on(layers=layer)
+        stack = _Learner().on(layers=layer) | _Mass().on(layers=layer)
         with context.attach(stack) as run:
             optimiser = torch.optim.AdamW(run.parameters(), lr=self.rate)
             for _ in range(self.epochs):
@@ -156,18 +156,15 @@ class _Mass(Method):
 
 
 class _Learner(FocusDirections):
-    """Directions that learn, at strength 1, zero elsewhere than in some heads."""
+    """Directions that learn, at strength 1; heads whose mass is not asked for get no gradient and stay zero."""
 
     alpha: float = 1.0
-    mine: tuple[int, ...] = ()
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"q": torch.zeros(layer.heads, layer.head_dim)}
 
     def _direction(self, query: Tensor, call: Call) -> Tensor:
-        learns = torch.zeros(call.heads, 1, device=query.device)
-        learns[list(self.mine)] = 1.0
-        return call.params["q"] * learns
+        return call.params["q"]
 
 
 if __name__ == "__main__":

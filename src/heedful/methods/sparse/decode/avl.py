@@ -49,11 +49,11 @@ class AVL(Method):
     every: int = 3  # steps after which the core is chosen anew; that step sees all that was kept; the authors: 3
 
     def __post_init__(self) -> None:
-        for name, good in (("kept", 0.5), ("core", 0.1)):
+        for name, good in (("kept", 0.5), ("core", 0.3)):
             if not 0 < getattr(self, name) <= 1:
                 raise FieldError(self, name, getattr(self, name), "must lie above 0, and be 1 at most", good)
         if self.every < 1:
-            raise FieldError(self, "every", self.every, "must be 1 or more steps", 16)
+            raise FieldError(self, "every", self.every, "must be 1 or more steps", 3)
 
     @classmethod
     def neutral(cls) -> AVL:

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
@@ -80,9 +81,8 @@ class GreedyPrune(Method):
         forward, cache = call.state.forward, call.state.cache
         if call.layer - call.lowest == self.layer:
             number = call.numbers(self.role)[:, 0]  # [b|1 n]
-            there = number >= 0
-            if len(call.queries) == len(call.keys) and bool(there.any()):
-                forward[name] = self.choose(*_shown(number, there, call))
+            if len(call.queries) == len(call.keys) and bool((number >= 0).any()):
+                forward[name] = self._kept(number, call)
             return mask
         kept = forward.get(name, cache.get(name))
         if kept is None:
@@ -90,23 +90,31 @@ class GreedyPrune(Method):
         cache[name] = kept  # what is decoded later sees no more
         return mask & Dense(seen(kept, call, self.role))
 
+    def _kept(self, number: Tensor, call: Call) -> Tensor:
+        """Which patches stay `[b p]`, by which of them each token is `[b|1 n]`, from 0 up, and -1 elsewhere."""
+        (tokens,) = wide(cast(Tensor, call.hidden))
+        tokens = normalize(tokens, dim=-1)
+        b, n, e = tokens.shape
+        asks = ((number < 0) & call.is_text[:, 0]).expand(b, -1)
+        if not bool(asks.any(1).all()):
+            rule = f"{self.role} must leave each text a token that asks: a class token, or the last of a question"
+            raise FieldError("attach()", "roles", tuple(call.region(self.role)), rule, {self.role: ((1, 257),)})
+        place = torch.arange(n, device=tokens.device)
+        of_class = self.role == "patches"  # the first, before registers
+        at = place.where(asks, n).amin(1) if of_class else place.where(asks, -1).amax(1)
+        asked, order = tokens.gather(1, at[:, None, None].expand(-1, 1, e))[:, 0], number.expand(b, -1).argsort(1)
+        counts = (number >= 0).sum(1).expand(b).tolist()
+        groups = [slice(0, b)] if len(set(counts)) == 1 else [slice(i, i + 1) for i in range(b)]
+        kept: list[Tensor] = []
+        for rows in groups:
+            patches = order[rows, n - counts[rows.start] :, None].expand(-1, -1, e)  # what is none comes before them
+            kept += self.choose(tokens[rows].gather(1, patches), asked[rows])
+        return pad_sequence(kept, batch_first=True)
+
     def choose(self, patches: Tensor, asked: Tensor) -> Tensor:
         """Which patches `[b p e]` stay `[b p]`, by the question's last token `[b e]`; all have length 1."""
         salient = torch.einsum("bpe,be->bp", patches, asked)
         return greedy(salient, patches, ceil(self.share * patches.shape[1]), self.alike)
-
-
-def _shown(number: Tensor, there: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """The patches `[b p e]`, by which of them each token is `[b|1 n]`, if any, and the last of the text `[b e]`."""
-    (tokens,) = wide(cast(Tensor, call.hidden))
-    tokens = normalize(tokens, dim=-1)
-    number, there = (x.expand(len(tokens), -1) for x in (number, there))
-    place, count = torch.arange(number.shape[1], device=number.device).expand_as(number), int(number.max()) + 1
-    last = place.masked_fill(there | ~call.is_text[:, 0], 0).amax(1)
-    slot = number.where(there, count)
-    place = place.new_zeros(len(tokens), count + 1).scatter(1, slot, place)[:, :count]
-    patches = tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[-1]))
-    return patches, tokens[torch.arange(len(tokens), device=last.device), last]
 
 
 def greedy(salient: Tensor, patches: Tensor, count: int, alike: float) -> Tensor:
