@@ -17,6 +17,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.positions import Positions
+from heedful.kit.chosen import Chosen
 from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention, _highest
 from tests.by_hand import heads_of, llama_states
 
@@ -62,6 +63,15 @@ def test_every_fourth_token(backend: str, blocks: int | None, text: Tensor | Non
             for i in range(n):
                 wanted = row(q[i].double() @ k.double().T / math.sqrt(8), marks, i, blocks)
                 assert close(heads[b, h, pad + i], (wanted @ v.double()).float()), (b, h, i)
+
+
+def test_of_texts_that_share_columns_each_has_blocks_of_its_own() -> None:
+    """Of the four columns that all queries see one text has two blocks, the other its first, which a landmark ends."""
+    bare, seen = Bare(text=PADDED), torch.isin(torch.arange(19), torch.arange(5, 9))
+    rule = Chosen(lambda rows: seen.expand(1, 1, 19, 19)[:, :, rows])
+    bare.call = replace(bare.call, mask=bare.call.mask & rule)
+    narrow, whole = (bare.run(LandmarkAttention(4), backend, 1)[0] for backend in ("tiled", "reference"))
+    assert close(narrow[:, :, 5:], whole[:, :, 5:])
 
 
 def by_hand(ids: list[int], i: int, scores: Tensor) -> Tensor:

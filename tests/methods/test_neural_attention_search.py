@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.func import jvp
 
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
@@ -123,6 +125,30 @@ def test_the_first_steps_gradient_is_the_authors(settings: dict[str, object]) ->
     for one, other in zip(grads, (*torch.autograd.grad(want, leaves), types), strict=True):
         assert bool(other.any())
         assert close(one, other)
+
+
+# torch scripts its own rules when a derivative is first carried forward
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_derivatives_carried_forward_are_those_of_the_way_back(settings: dict[str, object], backend: str) -> None:
+    bare, params = _bare(**settings)  # type: ignore[arg-type]
+    leaves = (params["type"], bare.q.clone())
+    ways = [torch.randn_like(x) for x in leaves]
+
+    def heads(weight: Tensor, q: Tensor) -> Tensor:
+        bare.q = q
+        return bare.run(NeuralAttentionSearch(2, sparsity=0.0), backend, 2, {"type": weight})[0]
+
+    _, found = jvp(heads, leaves, tuple(ways))
+    slope = torch.randn_like(found)
+    for x in leaves:
+        x.requires_grad_(True)
+    back = torch.autograd.grad((heads(*leaves) * slope).sum(), leaves)
+    assert close((found * slope).sum(), sum((x * way).sum() for x, way in zip(back, ways, strict=True)))
+    with torch.no_grad(), dual_level():
+        dual = unpack_dual(heads(*(make_dual(x.detach(), way) for x, way in zip(leaves, ways, strict=True))))
+        assert close(dual.tangent, found)
 
 
 def test_what_it_does_not_look_at_tells_it_nothing() -> None:

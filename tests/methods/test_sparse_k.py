@@ -16,7 +16,7 @@ from heedful.authoring import CachedKV, Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.mask import Causal, Mask, Where, Window
+from heedful.core.mask import Blocks, Causal, Mask, Where, Window
 from heedful.core.state import State
 from heedful.kit.chosen import Chosen
 from heedful.methods import SparseK
@@ -112,6 +112,11 @@ def test_keys_that_a_mask_hides_take_nobodys_room() -> None:
     narrow, params = _bare(rules=(Causal(), Window(6)))
     want = _by_loops(narrow, params["score"], 3, lambda b, i, j: 0 <= i - j < 6)
     assert close(narrow.run(SparseK(3), "reference", None, params)[0], want)
+    table = torch.ones(4, 4).tril().bool()
+    table[2, 0] = table[3, 1:3] = False
+    cut, params = _bare(rules=(Causal(), Blocks(table[None, None], 3)))
+    want = _by_loops(cut, params["score"], 3, lambda b, i, j: j <= i and bool(table[i // 3, j // 3]))
+    assert close(cut.run(SparseK(3), "reference", None, params)[0], want)
     image, params = _bare(rules=())
     want = _by_loops(image, params["score"], 3, lambda b, i, j: True)
     assert close(image.run(SparseK(3), "reference", None, params)[0], want)
@@ -196,6 +201,7 @@ def test_token_by_token_is_the_whole_and_so_many_pairs_are_left() -> None:
     assert density == pytest.approx(dict.fromkeys(range(2), sum(min(i, 3) for i in range(1, 17)) / 256))
 
 
+@pytest.mark.usefixtures("told")
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_a_cache_holds_what_later_tokens_may_see(groups: int) -> None:
     bare, params = _bare(Shape(g=groups, q=N, k=N), text=TEXT)
@@ -236,6 +242,7 @@ def test_what_a_cache_holds_does_not_grow_with_the_text() -> None:
         assert all(0.05 < held / seen < 0.5 for held, seen in run.activity().kept.values())
 
 
+@pytest.mark.usefixtures("told")
 def test_tokens_that_were_read_without_it_are_never_chosen() -> None:
     bare, params = _bare(Shape(q=4, k=N))
     mask = SparseK(9).choose(Mask((Causal(),)), replace(bare.call, params=params, state=State()))

@@ -78,6 +78,7 @@ class LandmarkAttention(Method):
         sizes = sizes.scatter_add(-1, blocks, torch.ones_like(blocks))
         last = (sizes.cumsum(-1) - 1).expand(*scores.shape[:-1], -1)  # of each block, where its landmark stands
         marks = both(both(keep, mark), at_least(asking - 1, giving.int())).expand_as(scores).gather(-1, last)
+        marks = both(marks, sizes > 0)  # other texts may have more blocks
         of_marks, seen = scores.gather(-1, last), both(keep, ~mark)
         if self.blocks is not None:
             marks = marks & _highest(of_marks, marks, self.blocks)

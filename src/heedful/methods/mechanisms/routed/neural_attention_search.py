@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import CachedKV, Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError
-from heedful.core.flags import at_least, both, either, numbers, same
+from heedful.core.flags import at_least, both, either, numbers, same, traced
+from heedful.core.positions import spread_heads
 from heedful.core.sites import at, penalises, reads
 from heedful.kit.budget import newest
 from heedful.kit.chosen import Chosen
@@ -94,7 +95,7 @@ class NeuralAttentionSearch(Method):
         types = _known(call.state.cache[TYPES])
         seen = self._seen(types.detach(), call)
         total, weights = pattern.sum(-1, keepdim=True), pattern * call.spread(numbers(seen.kept, pattern))
-        if types.requires_grad:
+        if types.requires_grad or traced(types):
             part = weights.detach().sum(-1, keepdim=True) / total.detach().where(total > 0, 1.0)
             # what is seen hardly at all would otherwise have a gradient without bound
             weights = _taught(weights, pattern * part, types, seen)
@@ -164,16 +165,24 @@ def _taught(weights: Tensor, slope: Tensor, types: Tensor, seen: _Seen) -> Tenso
     so_far = own.cumsum(-2)
     rows, cols = (x[..., None].expand(-1, -1, -1, 2) for x in (seen.rows, seen.cols))
     here = types.gather(2, seen.cols[..., None].expand(-1, -1, -1, 3))
-    found: Tensor = _Taught.apply(
-        weights, slope, here, (so_far - own).gather(2, rows), so_far.gather(2, cols), *seen[3:]
-    )
+    before, until, flags = (so_far - own).gather(2, rows), so_far.gather(2, cols), seen[3:]
+    if traced(weights, slope, types):
+        told = _told(here, before, until, *flags)
+        return weights + slope * spread_heads(told - told.detach(), slope.shape[1]).to(slope.dtype)
+    found: Tensor = _Taught.apply(weights, slope, here, before, until, *flags)
     return found
 
 
-class _Taught(torch.autograd.Function):
-    """Of M = G_j + L_j alive + S_j near, where alive falls by what is kept between, `before_i - until_j`."""
+def _told(types: Tensor, before: Tensor, until: Tensor, *flags: Tensor) -> Tensor:
+    """M = G_j + L_j alive + S_j near `[b g r k]`, or what has its derivatives: what is kept between ends what lives."""
+    kept, local, passing = types[:, :, None].unbind(-1)
+    fall = before[:, :, :, None] - until[:, :, None]
+    alive, near, none, one = (numbers(x, types) for x in flags)
+    return kept + local * alive + passing * near - local.detach() * (fall[..., 0] * none + fall[..., 1] * one)
 
-    generate_vmap_rule = True
+
+class _Taught(torch.autograd.Function):
+    """The way back from weights to what `_told` is made of, which holds no more maps than its flags."""
 
     @staticmethod
     def forward(weights: Tensor, *_: Tensor) -> Tensor:

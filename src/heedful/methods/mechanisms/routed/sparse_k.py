@@ -19,9 +19,7 @@ from heedful.kit.running import wide
 from heedful.kit.told import of_keys
 from heedful.methods.mechanisms.routed._ranked import Ranked
 
-ROWS = (
-    128  # whose thresholds are sought at once by looking at each pair; of more they are told by ranges where they can
-)
+ROWS = 128  # whose thresholds are sought at once by looking at each pair; those of more, where they can, by ranges
 
 
 class SparseK(Method):
