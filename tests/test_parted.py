@@ -142,11 +142,20 @@ def test_what_scores_gain(method: Method, heads: int, backend: str, asked: Mock)
     assert asked.called == (heads == 1 and method.anywhere)
 
 
+COLUMNS = Positions.row(0, 40)
+PLACES = {
+    "in threes": (Positions(COLUMNS.index, COLUMNS.index // 2 * 3),) * 2,
+    "behind keys": (Positions.row(7, 40), COLUMNS),
+    "behind padding": (Positions.row(0, 40, pad=torch.tensor([1, 3])), COLUMNS),
+}
+
+
+@pytest.mark.parametrize(("queries", "keys"), PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("backend", ["native", "tiled"])
-def test_places_that_are_not_columns_go_with_their_tokens(backend: str, asked: Mock) -> None:
-    call = a_call(SHAPE, (groups(1, 1),))
-    places = Positions(call.queries.index, call.queries.index // 2 * 3)
-    call = replace(call, queries=places, keys=places)
+def test_places_that_are_not_columns_go_with_their_tokens(
+    backend: str, queries: Positions, keys: Positions, asked: Mock
+) -> None:
+    call = replace(a_call(SHAPE, (groups(1, 1),)), queries=queries, keys=keys)
     found, want = (run(name, Near(), *draw(SHAPE), call) for name in (backend, "reference"))
     assert close(found, want)
     assert asked.called
