@@ -19,6 +19,7 @@ import heedful  # noqa: E402
 from benchmarks.coverage import libraries_page as libraries  # noqa: E402
 from benchmarks.coverage import page as coverage  # noqa: E402
 from benchmarks.coverage import rows as classes  # noqa: E402
+from benchmarks.fidelity import page as fidelity  # noqa: E402
 from benchmarks.gpu import page as gpu  # noqa: E402
 from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.patterns import page as patterns  # noqa: E402
@@ -167,6 +168,7 @@ def main() -> None:
     pages["docs/quality.md"] = NOTE + quality.page()
     pages["docs/patterns.md"] = NOTE + patterns()
     pages["docs/sinks.md"] = NOTE + sinks()
+    pages["docs/fidelity.md"] = NOTE + fidelity()
     pages["docs/mutants.md"] = NOTE + mutants.page()
     pages["docs/rooms.svg"] = rooms.svg()
     pages["docs/reliability.md"] = NOTE + reliability.page()
