@@ -197,6 +197,17 @@ def test_an_image_that_came_in_an_earlier_call_stays_whole() -> None:
     assert close_model(found, model(**inputs).logits[:, -1])
 
 
+@torch.no_grad()
+def test_an_image_of_which_a_part_is_yet_to_come_stays_whole() -> None:
+    model = llava()
+    words = {"input_ids": models.tiny_inputs(model, length=22)["input_ids"].clamp(min=3, max=9)}
+    idle = pytest.warns(InactiveWarning)
+    with idle, heedful.attach(model, GreedyPrune(0), roles={"image": ((6, 26),)}) as run:
+        begun = run(input_ids=words["input_ids"][:, :18], use_cache=True)
+        found = run(input_ids=words["input_ids"][:, 18:], **{CACHE: cache_of(begun)}).logits[:, -1]
+    assert close_model(found, model(**words).logits[:, -1])
+
+
 def test_defaults_and_wrong_fields() -> None:
     method = GreedyPrune()
     assert (method.layer, method.share, method.alike, method.role) == (2, 0.25, 0.9, "image")

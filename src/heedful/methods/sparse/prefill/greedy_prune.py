@@ -81,7 +81,9 @@ class GreedyPrune(Method):
         forward, cache = call.state.forward, call.state.cache
         if call.layer - call.lowest == self.layer:
             number = call.numbers(self.role)[:, 0]  # [b|1 n]
-            if len(call.queries) == len(call.keys) and bool((number >= 0).any()):
+            there = (number >= 0).sum(1)  # [b|1]
+            whole = bool((there == there.new_tensor([x.tokens for x in call.regions(self.role)])).all())
+            if len(call.queries) == len(call.keys) and whole and bool(there.any()):  # else patches are yet to come
                 forward[name] = self._kept(number, call)
             return mask
         kept = forward.get(name, cache.get(name))
