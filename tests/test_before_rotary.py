@@ -14,7 +14,7 @@ from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.adapters.replacing import shares_keys
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
-from heedful.core.errors import DefinitionError, FieldError, RefusedModel, SiteError
+from heedful.core.errors import DefinitionError, FieldError, NotEntered, RefusedModel, SiteError
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
 from heedful.methods import MassiveQK
@@ -252,6 +252,15 @@ def test_a_call_that_failed_opens_such_a_cache_to_nobody() -> None:
         handle.remove()
     with pytest.raises(RefusedModel, match="holds keys from before the rotary embedding"):
         model(**step, **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_attention_that_gives_nothing_and_came_by_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny("llama")
+    with attach(model, Placeless()) as run:
+        monkeypatch.setattr(model.model.layers[0].self_attn, "forward", lambda *_, **__: None)
+        with pytest.raises(NotEntered, match="did not pass through heedful"):
+            run(input_ids=IDS)
 
 
 class Sometimes(Placeless):

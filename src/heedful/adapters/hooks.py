@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,12 +98,13 @@ class Hooks:
         def after(_: nn.Module, args: Any, output: Any) -> None:
             if self.looking:
                 return
-            if output is None:
+            failed = output is None and sys.exc_info()[0] is not None
+            if failed:
                 _serve_no_more(bound)
             bound.hidden = bound.other = bound.cache = bound.held = bound.rotary = bound.joint = bound.merges = None
             if not goes_on:
                 bound.call = None  # it holds the hidden states
-            if not bound.called and output is not None:
+            if not bound.called and not failed:
                 raise NotEntered(
                     f"{bound.name} ({bound.kind}) ran, but its attention did not pass through heedful; the answer "
                     "would silently be the unedited model's. Was it compiled or replaced since?"
