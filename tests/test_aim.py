@@ -11,7 +11,7 @@ import torch
 from heedful import models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.explaining.aim import Aim, _causal, aim_of, batch_of, fed, read_by, strongest
+from heedful.explaining.aim import Aim, _causal, aim_of, batch_of, fed, fed_each, pairs, read_by, strongest
 
 IDS = torch.tensor([[5, 17, 9, 88, 40, 23, 61]])
 
@@ -28,6 +28,20 @@ def test_tokens_that_a_model_does_not_know_are_named(token: int) -> None:
 def test_what_is_no_row_of_tokens_is_no_text(text: Any) -> None:
     with pytest.raises(FieldError, match="must be one text"):
         fed("x()", models.tiny("llama"), text, None)
+
+
+def test_a_list_of_texts_and_numbers_is_no_list_of_texts_and_is_told_whole() -> None:
+    mixed = [[5, 17], 9]
+    with pytest.raises(FieldError) as error:
+        fed_each("x()", models.tiny("llama"), mixed, None)
+    assert repr(mixed) in str(error.value)
+
+
+@pytest.mark.parametrize("heads", [[(-1, 0)], [3], "last"])
+def test_heads_are_pairs_of_layer_and_head(heads: Any) -> None:
+    with pytest.raises(FieldError, match=r"must be pairs of layer and head.*\[\(3, 1\)\]"):
+        pairs("x()", heads)
+    assert pairs("x()", [(3, 1), (0, 2), (3, 0), (3, 1)]) == {0: [2], 3: [0, 1]}
 
 
 def test_an_image_is_one_of_a_batch() -> None:

@@ -317,7 +317,7 @@ def _placing(site: Site) -> Method:
 
     def keep(self: Method, x: Tensor, call: Call) -> Cat:
         require_once("patching()", call)
-        place, is_text = call.q_pos[:, :1, :, None], call.is_text[..., None]
+        place, is_text = call.q_pos[..., None], call.is_text[..., None]
         index = place.clamp(0, x.shape[2] - 1).expand_as(x)
         return Cat.of("all", torch.zeros_like(x).scatter_add(2, index, x.where(is_text, 0.0)))
 
