@@ -174,7 +174,8 @@ def test_keys_shown_to_all_are_ranges_where_they_are_few(keys: tuple[list[int], 
         shown[0, head, list(some)] = True
     rule, whole = Shown(shown), Positions.row(0, TOTAL)
     found = Mask((rule,)).key_ranges(Positions.row(0, ROWS), whole, 2)
-    assert (None if found is None else found.shape[3]) == ranges
+    for told in (found, rule.key_ranges(Positions.row(0, ROWS), whole)):
+        assert (None if told is None else told.shape[3]) == ranges
     assert rule.scattered == (ranges is None)
     assert (
         rule.keeps(pairs(slice(2, 9), slice(4, 12)))
