@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks.speed import attention, bars, cache, decoding, mechanisms, page, timing
 from heedful import models
 from heedful.conformance.tolerances import close
+from heedful.core.errors import HeedfulError
 from heedful.core.method import Stack
 from heedful.methods import ELA, MALA, NeighborhoodAttention, RectifiedAttention, SigmoidAttention, SinkWindow
 from heedful.tiny import tiny, tiny_inputs
@@ -96,6 +97,40 @@ def test_mechanisms_are_timed_once_and_what_is_foretold_too_long_is_left(
     assert kept[0] == kept[1], "what is not named is not timed again"
     lengths = [row["tokens"] for row in other["rows"]]
     assert lengths == sorted(lengths), "who reads them goes by growing lengths"
+
+
+def test_rows_stay_until_there_are_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever measures again and is stopped, or can measure no more, has lost nothing but what is out of date."""
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    monkeypatch.setattr(mechanisms, "mechanisms", lambda: {"MALA": MALA()})
+
+    def rows() -> dict[int, dict[str, Any]]:
+        return {row["tokens"]: row for row in timing.load("mechanisms")[0]["rows"]}
+
+    def stopped(*given: Any) -> Any:
+        if given[3] == 64:
+            raise KeyboardInterrupt
+        return asked(*given)
+
+    asked = mechanisms.asked
+    mechanisms.measure((16, 64), 1)
+    before = rows()
+    monkeypatch.setattr(mechanisms, "asked", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        mechanisms.measure((16, 64), 1, again=("MALA",))
+    assert rows()[64] == before[64]
+    assert rows()[16] != before[16]
+    monkeypatch.setattr(mechanisms, "warmed", lambda method, *how: warmed(method, *how) if method is None else never())
+    mechanisms.measure((16, 64), 1, again=("MALA",))
+    assert [(n, row.get("why")) for n, row in rows().items()] == [(16, "cannot: it is refused now")]
+
+
+def warmed(method: Any, *how: Any) -> Any:
+    return mechanisms.layer(method, *how)
+
+
+def never() -> Any:
+    raise HeedfulError("it is refused now")
 
 
 def test_mechanisms_take_turns_with_one_softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
