@@ -32,6 +32,7 @@ CANNOT = "cannot: "
 WIDTH, HEADS = 64, 2
 LENGTHS = (1024, 4096, 16384)
 BASE = "softmax"
+FLOOR = "NoMixing"  # a layer's projections, and no attention: timed in both kinds of layer
 TOGETHER = 8  # mechanisms that take turns with one softmax, which at the greatest length takes longer than most
 PATIENCE = 20.0  # seconds that one way there and back may take, as foretold by the length before
 
@@ -100,7 +101,7 @@ def asked(base: Made, made: Mapping[str, Made], causal: bool, n: int, rounds: in
 def measure(
     lengths: tuple[int, ...] = LENGTHS, rounds: int = 3, patience: float = PATIENCE, again: Collection[str] = ()
 ) -> None:
-    """Each mechanism that attends to its own text causally, or to both sides, from the shortest length on.
+    """Each mechanism that attends to its own text causally, or else to both sides, from the shortest length on.
 
     What is recorded is not measured again, but for those that are named, whose rows stay until there are new ones.
     """
@@ -110,22 +111,27 @@ def measure(
     rows: list[Row] = [row for told in timing.load(NAME) if timing.label(told) == own for row in told["rows"]]
     old = [row for row in rows if row["method"] in again and row["tokens"] in lengths]
     answers = {name: row["found"] for name, row in json.loads(PATTERNS.read_text(encoding="utf-8"))["rows"].items()}
+
+    def known(causal: bool) -> list[Row]:
+        """What need not be measured, of layers of one kind."""
+        return [row for row in _without(rows, old) if row["causal"] is causal]
+
     for n, causal in product(lengths, (True, False)):
         left = [
             (name, method)
             for name, method in mechanisms().items()
-            if _causal(method, answers.get(name, {})) is causal and _left(name, n, _without(rows, old))
+            if (name == FLOOR or _causal(method, answers.get(name, {})) is causal) and _left(name, n, known(causal))
         ]
         base = warmed(None, causal, n) if left else None
         for start in range(0, len(left), TOGETHER):
             some = dict(left[start : start + TOGETHER])
-            made, new = _made(some, causal, n, _without(rows, old), patience)
+            made, new = _made(some, causal, n, known(causal), patience)
             if base is not None and made:
                 new += asked(base, made, causal, n, rounds)
             cannot = {row["method"] for row in new if row.get("why", "").startswith(CANNOT)}
             gone = [
-                row for row in rows
-                if (row["method"] in some and row["tokens"] == n) or (row["method"] in cannot and row in old)
+                row for row in rows if row["causal"] is causal
+                and ((row["method"] in some and row["tokens"] == n) or (row["method"] in cannot and row in old))
             ]  # fmt: skip
             rows = _without(rows, gone) + new
             rows.sort(key=lambda row: int(row["tokens"]))  # who reads them goes by growing lengths
