@@ -143,15 +143,16 @@ def section(name: str, kind: type[CatalogueEntry], verdict: str) -> list[str]:
 
 
 def function_page() -> str:
-    """The functions, a table, and what is unlike the authors of those that follow a paper."""
+    """The functions, a table with what the ledger found of them, and all about those that follow a paper."""
     told = verdicts()
     rows = ["# Functions\n", "What is no method but done with a model and methods; `heedful show NAME` tells more.\n"]
-    rows += ["| call | what it does | paper |", "|---|---|---|"]
+    rows += ["| call | what it does | paper | claim |", "|---|---|---|---|"]
     following = []
     for name, function in functions().items():
         first, paper = re.split(r"[.:;]\s", function.about.replace("\n", " "))[0].rstrip("."), function.paper
         link = f"[{paper.key}](#{name})" if paper else ""
-        rows.append(f"| `{function.call}` | {cell(first)}. | {link} |")
+        claim = f"[{told[name]}](claims.md)" if name in told else ""
+        rows.append(f"| `{function.call}` | {cell(first)}. | {link} | {claim} |")
         if paper:
             following += [f"## {name}\n", function.about + "\n", *source("Paper", paper)]
             following.append(f"Claim: [{told.get(name, 'none measured')}](claims.md).\n")

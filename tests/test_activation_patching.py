@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.explaining.activation_patching import HeadEffects, _placing, patching, path_patching
 from heedful.methods.explain.patch import Patch
+from heedful.models import Loaded
 from tests.samples import PAPER, uneven
+from tests.test_diagnose_texts import characters
 
 CLEAN = torch.tensor([[5, 17, 9, 88, 40, 23], [7, 31, 60, 90, 12, 44]])
 CORRUPT = torch.tensor([[5, 17, 77, 88, 40, 23], [7, 31, 18, 90, 12, 44]])
@@ -98,6 +102,23 @@ def test_activation_patching_head_by_head() -> None:
     some = patching(model, CLEAN, CORRUPT, metric, layers=[1], positions=(0, 1))
     assert some.share[0].isnan().all()
     assert close(some.share[1], torch.zeros(4))  # the prompts begin alike, and nothing comes from behind
+
+
+@pytest.mark.parametrize("effects", [patching, path_patching])
+def test_texts_are_what_their_tokens_are(effects: Callable[..., HeadEffects]) -> None:
+    model, words = models.tiny("llama"), characters()
+    clean, corrupt = ["a cat", "a cow"], ["a dog", "a pig"]
+    ids = [torch.tensor([[ord(x) for x in text] for text in texts]) for texts in (clean, corrupt)]
+    wanted = effects(model, *ids, metric)
+    for found in (
+        effects(model, clean, corrupt, metric, tokenizer=words),
+        effects(Loaded(model, words, "tiny"), clean, corrupt, metric),
+        effects(model, *(x.tolist() for x in ids), metric),
+    ):
+        assert torch.equal(found.share, wanted.share)
+    one = effects(model, *(x[:1] for x in ids), metric)
+    assert torch.equal(effects(model, "a cat", "a dog", metric, tokenizer=words).share, one.share)
+    assert torch.equal(effects(model, *(x[0].tolist() for x in ids), metric).share, one.share)
 
 
 def test_the_estimate_is_the_slope_of_the_effect() -> None:
@@ -203,6 +224,11 @@ def test_overlap_of_circuits() -> None:
     [
         (lambda m: patching(m, CLEAN, CORRUPT[:1], metric), "of the shape of clean"),
         (lambda m: patching(m, CLEAN, CLEAN, metric), "nothing to bring back"),
+        (lambda m: patching(m, "a cat", "a dog", metric), r"tokenizer = None: is needed for a text"),
+        (
+            lambda m: patching(m, ["a cat", "a bird"], ["a dog", "a fish"], metric, tokenizer=characters()),
+            r"patching\(\)\.clean = 'texts of 5, 6 tokens': must be of equally many tokens",
+        ),
         (lambda m: patching(m, CLEAN, CORRUPT, lambda logits: logits.mean()), "one number a text"),
         (lambda m: patching(m, CLEAN, CORRUPT, metric, layers=[9]), "must lie below 2"),
         *(

@@ -21,6 +21,7 @@ from docs import faults, generate, method_pages
 from heedful import models
 from heedful.catalogue import entries, entry_from, family
 from heedful.core.errors import HeedfulError
+from heedful.functions import functions
 
 from . import apart
 
@@ -164,6 +165,14 @@ def test_verdicts_say_which_claim_they_are_of_where_claims_differ() -> None:
     assert method_pages.together([("P1", "holds"), ("P1_more", "holds")]) == "2 claims: holds"
     assert method_pages.together([("P1", "holds"), ("P1_more", "weaker")]) == "P1: holds, P1_more: weaker"
     assert all(len(set(words)) == len(words) for words in (x.split(", ") for x in method_pages.verdicts().values()))
+
+
+def test_a_function_has_its_verdict_with_a_paper_or_without() -> None:
+    rows = {row.split("`")[1]: row for row in method_pages.function_page().splitlines() if row.startswith("| `")}
+    told = {f.call: method_pages.verdicts()[name] for name, f in functions().items() if name in method_pages.verdicts()}
+    assert any(functions()[name].paper is None for name in functions() if functions()[name].call in told)
+    for call, row in rows.items():
+        assert row.endswith(f"| [{told[call]}](claims.md) |" if call in told else "|  |")
 
 
 @pytest.mark.parametrize("page", METHOD_PAGES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heedful import attach
-from heedful.core.errors import RefusedModel, SiteError
+from heedful.core.errors import GuessedWarning, RefusedModel, SiteError
 from heedful.methods import ACT, SinkRate
 from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.tiny import tiny, tiny_inputs
@@ -60,8 +60,17 @@ def test_guessed_tokens_are_no_chunk_of_a_prompt(how: str) -> None:
         with pytest.raises(SiteError, match=r"several are read at once, and assisted .*, or leave ACT out"):
             run.generate(prompt, **told, **guess)
         run.generate(prompt, **told)
-    with attach(model, SinkRate()) as run:
-        assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
+
+
+@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_who_reads_guessed_tokens_is_told_that_some_are_taken_back(how: str) -> None:
+    model, prompt = tiny("llama").eval(), torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+    told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
+    with attach(model, Scale(3.0) | SinkRate().on(layers=1)) as run:
+        with pytest.warns(GuessedWarning, match=r"^SinkRate\(.*\)\.on\(layers=\[1\]\) counts guessed tokens too"):
+            found = run.generate(prompt, **told, **guess)
+        assert torch.equal(found, run.generate(prompt, **told))
 
 
 @pytest.mark.parametrize("what", [Scale(3.0).when("decode"), ACT(0.4).on(layers=2)], ids=repr)

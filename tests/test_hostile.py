@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,8 @@ from heedful import catalogue, explaining, models, nn, tasks
 from heedful.core import asked, stats
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.kinds import Prompt
-from heedful.methods import PASTA, AttentionRollout, AttentionSorting, RetrievalHeads, SinkRate, TempScale
+from heedful.core.spelling import spelled
+from heedful.methods import ACT, PASTA, AttentionRollout, AttentionSorting, RetrievalHeads, SinkRate, SnapKV, TempScale
 from heedful.models import Loaded
 
 IDS = torch.arange(3, 23)
@@ -326,14 +329,22 @@ def test_kinds_are_taken_as_python_takes_them() -> None:
         (lambda: AttentionRollout(sources=range(2)), AttentionRollout(sources=(0, 1))),
         (lambda: PASTA(heads=[[0, 1], (1, 0)]), PASTA(heads=((0, 1), (1, 0)))),
         (lambda: Prompt([1, 2, 3]), Prompt((1, 2, 3))),
+        (lambda: TempScale(1), TempScale(1.0)),
+        (lambda: TempScale(np.float32(0.5)), TempScale(0.5)),
+        (lambda: RetrievalHeads(depths=(0, 1)), RetrievalHeads(depths=(0.0, 1.0))),
+        (lambda: SnapKV(np.int64(64)), SnapKV(64)),
+        (lambda: AttentionRollout(sources=(np.int64(1),)), AttentionRollout(sources=(1,))),
+        (lambda: ACT(ratio=1), ACT(ratio=1.0)),
     ],
 )
-def test_a_list_is_the_tuple_that_a_field_asks_for(given: Callable[[], Any], meant: Any) -> None:
-    """However it is nested, so that the value stays frozen: changing the list later changes nothing."""
+def test_a_value_has_what_its_fields_ask_for(given: Callable[[], Any], meant: Any) -> None:
+    """Tuples for lists, however they are nested, so that it stays frozen; plain numbers of the kind that is named."""
     found = given()
     assert found == meant
     assert repr(found) == repr(meant)
     assert hash(found) == hash(meant)
+    if not isinstance(found, Prompt):
+        assert json.dumps(spelled(found)) == json.dumps(spelled(meant))
 
 
 def test_what_is_handed_in_stays_its_owners() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from heedful import attach
+from heedful.adapters.arguments import _of_the_other
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
@@ -24,6 +25,7 @@ from .test_checkpointing import by_hand
 
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 N = IDS.shape[1]
+CAUSAL = torch.full((N, N), -1e30).triu(1)
 PLACES = torch.stack([(torch.arange(N) - 4).clamp(min=0), torch.arange(N)])
 
 
@@ -121,6 +123,71 @@ def test_the_mask_of_an_encoder_tells_its_decoder_nothing(kind: str) -> None:
     with attach(model, Narrow(4).on(layers=own)) as run:
         found = run(**given, **added).logits
         assert close_model(found, run(**given, attention_mask=text).logits)
+
+
+def spread(text: Tensor) -> Tensor:
+    """A mask of padding `[b m]` as one of pairs, as it is added to scores."""
+    pairs = text[:, None, None].bool().expand(-1, 1, N, -1)
+    return torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min)
+
+
+class PlacedKeys(Method):
+    """Tells a layer where its keys stand, if it is known which of them are padding."""
+
+    paper = PAPER
+
+    @at(Site.SCORES)
+    def tell(self, scores: Tensor, call: Call) -> Tensor:
+        return scores if call.mask.padding is None else scores + call.distance.cos()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hole", [False, True])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_cross_attention_is_told_of_an_encoders_padding(kind: str, hole: bool) -> None:
+    model, text = tiny(kind), torch.ones(2, N, dtype=torch.long)
+    text[0, :4] = 0
+    text[1, 5:7] = int(not hole)
+    given = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
+    with attach(model, PlacedKeys().on(layers=(3, 5))) as run:
+        wanted = run(**given, attention_mask=text).logits
+        assert close_model(run(**given, attention_mask=spread(text)).logits, wanted)
+    assert not close_model(model(**given, attention_mask=text).logits, wanted)
+
+
+def test_where_keys_stand_is_known_where_queries_see_unlike_ones() -> None:
+    table = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    table[..., :2] = False
+    keys, mask = _of_the_other(table, 2)
+    assert keys.position[:, 0].tolist() == [[-2, -1, 0, 1, 2]] * 2
+    assert mask.padding is not None
+    table[..., 0, 4] = False
+    keys, mask = _of_the_other(table, 2)
+    assert keys.position[:, 0].tolist() == [[-2, -1, 0, 1, 2]] * 2
+    assert mask.padding is None
+    assert torch.equal(mask.rules[0].table, table)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["t5", "bart", "llama"])
+def test_padding_stays_where_it_was_when_more_is_read(kind: str) -> None:
+    """Without position ids, by which the mask of a later call could be told from one of a window."""
+    model, text = tiny(kind), torch.ones(2, N, dtype=torch.long)
+    text[0, :3] = 0
+    two = kind != "llama"
+    name, ids = ("decoder_attention_mask", "decoder_input_ids") if two else ("attention_mask", "input_ids")
+    more = {"input_ids": IDS} if two else {}
+    found = {}
+    for pairs in (False, True):
+        with attach(model, Placed()) as run:
+            cache, out = None, []
+            for start, stop in ((0, 7), (7, 11), (11, N)):
+                mask = (spread(text)[:, :, start:stop, :stop] + CAUSAL[start:stop, :stop]) if pairs else text[:, :stop]
+                out.append(run(**more, **{ids: IDS[:, start:stop], name: mask, CACHE: cache, "use_cache": True}))
+                cache = out[-1][CACHE]
+            found[pairs] = torch.cat([each.logits for each in out], 1)
+    assert close_model(found[True][0, 3:], found[False][0, 3:])
+    assert close_model(found[True][1], found[False][1])
 
 
 @torch.no_grad()

@@ -198,6 +198,14 @@ def test_causality_told_by_masks_holds_with_a_cache_too(method: Any, size: int) 
             start = stop
 
 
+@pytest.mark.parametrize("budget", [N, N - 2])  # room for the padding too, or heads of unlike numbers of entries
+def test_what_is_kept_is_counted_of_texts(budget: int) -> None:
+    padding = LEFT if budget == N else LEFT.flip(1)
+    roomy, texts = causal(heedful.methods.KNorm(budget), kv_heads=2), (~padding).sum(1).tolist()
+    in_pieces(roomy, text(), N, padding, DynamicCache())
+    assert roomy.run.activity().kept[0] == (2 * sum(min(n, budget) for n in texts), 2 * sum(texts))
+
+
 def test_a_query_that_sees_nothing_gets_nothing() -> None:
     mine, x = Attention(E, H, bias=False, batch_first=True), text()
     padding = torch.stack([torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool)])
@@ -212,7 +220,7 @@ def test_a_cache_is_shortened_and_what_left_it_stays_away() -> None:
     mine, x, cache = causal(keep, kv_heads=2), text(), DynamicCache()
     out = in_pieces(mine, x, 7, LEFT, cache)
     assert cache.layers[0].counts == [6] * 4
-    assert mine.run.activity().kept[0] == (24, 4 * N)
+    assert mine.run.activity().kept[0] == (24, 2 * int((~LEFT).sum()))  # padding is no entry of a text
     with torch.no_grad(), mine.run.paused():
         assert not close_model(out[0, -1], mine(x, x, x, key_padding_mask=LEFT)[0][0, -1])
     part = x[:, :1]

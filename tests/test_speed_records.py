@@ -14,8 +14,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks.speed import attention, bars, cache, decoding, mechanisms, page, timing
 from heedful import models
 from heedful.conformance.tolerances import close
+from heedful.core.errors import HeedfulError
 from heedful.core.method import Stack
-from heedful.methods import ELA, MALA, NeighborhoodAttention, RectifiedAttention, SigmoidAttention, SinkWindow
+from heedful.methods import ELA, MALA, NeighborhoodAttention, NoMixing, RectifiedAttention, SigmoidAttention, SinkWindow
 from heedful.tiny import tiny, tiny_inputs
 
 
@@ -98,6 +99,40 @@ def test_mechanisms_are_timed_once_and_what_is_foretold_too_long_is_left(
     assert lengths == sorted(lengths), "who reads them goes by growing lengths"
 
 
+def test_rows_stay_until_there_are_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever measures again and is stopped, or can measure no more, has lost nothing but what is out of date."""
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    monkeypatch.setattr(mechanisms, "mechanisms", lambda: {"MALA": MALA()})
+
+    def rows() -> dict[int, dict[str, Any]]:
+        return {row["tokens"]: row for row in timing.load("mechanisms")[0]["rows"]}
+
+    def stopped(*given: Any) -> Any:
+        if given[3] == 64:
+            raise KeyboardInterrupt
+        return asked(*given)
+
+    asked = mechanisms.asked
+    mechanisms.measure((16, 64), 1)
+    before = rows()
+    monkeypatch.setattr(mechanisms, "asked", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        mechanisms.measure((16, 64), 1, again=("MALA",))
+    assert rows()[64] == before[64]
+    assert rows()[16] != before[16]
+    monkeypatch.setattr(mechanisms, "warmed", lambda method, *how: warmed(method, *how) if method is None else never())
+    mechanisms.measure((16, 64), 1, again=("MALA",))
+    assert [(n, row.get("why")) for n, row in rows().items()] == [(16, "cannot: it is refused now")]
+
+
+def warmed(method: Any, *how: Any) -> Any:
+    return mechanisms.layer(method, *how)
+
+
+def never() -> Any:
+    raise HeedfulError("it is refused now")
+
+
 def test_mechanisms_take_turns_with_one_softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "RECORDS", tmp_path)
     every = {type(m).__name__: m for m in (MALA(), SigmoidAttention(), RectifiedAttention())}
@@ -122,21 +157,36 @@ def test_mechanisms_take_turns_with_one_softmax(tmp_path: Path, monkeypatch: pyt
         assert len(seconds) == softmaxes
 
 
-def test_what_a_layer_takes_without_attention_is_taken_off_a_share() -> None:
-    def row(name: str, seconds: float, tokens: int = 64) -> dict[str, Any]:
+def test_what_such_a_layer_takes_without_attention_is_taken_off_a_share() -> None:
+    def row(name: str, seconds: float, tokens: int = 64, causal: bool = True) -> dict[str, Any]:
         return {
             "method": name,
+            "causal": causal,
             "tokens": tokens,
             "density": 0.25,
             "there": {name: {"seconds": seconds}, "softmax": {"seconds": 5.0}},
         }
 
-    rows = [row("M", 2.0), row("NoMixing", 3.0, 16), {"method": "NoMixing", "tokens": 64}]
-    assert page.over_share(rows[0], rows) == 2.0 / 5.0 / 0.25
+    rows = [row("M", 2.0), row("NoMixing", 3.0, 16), row("NoMixing", 0.5, causal=False)]
+    rows.append({"method": "NoMixing", "causal": True, "tokens": 64})
+    assert page.over_share(rows[0], rows) is None
+    assert page.over_share(row("M", 2.0, causal=False), rows) == 1.5 / 4.5 / 0.25
     rows.append(row("NoMixing", 1.0))
     assert page.over_share(rows[0], rows) == 1.0 / 4.0 / 0.25
     rows[-1]["there"]["NoMixing"]["seconds"] = 2.5
     assert page.over_share(rows[0], rows) == 0.0
+
+
+def test_the_floor_is_timed_in_both_kinds_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    monkeypatch.setattr(mechanisms, "mechanisms", lambda: {"NoMixing": NoMixing()})
+    mechanisms.measure((16,), 1)
+    (told,) = timing.load("mechanisms")
+    assert [(row["method"], row["causal"]) for row in told["rows"]] == [("NoMixing", True), ("NoMixing", False)]
+    mechanisms.measure((16,), 1)
+    assert timing.load("mechanisms")[0]["rows"] == told["rows"], "nothing is timed twice"
+    shown = [line.split("|")[1].strip() for line in page.mechanisms(told) if line.startswith("| NoMixing")]
+    assert shown == ["NoMixing (*both*)", "NoMixing"]
 
 
 def test_the_length_from_which_a_mechanism_pays() -> None:

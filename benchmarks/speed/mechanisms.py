@@ -32,6 +32,7 @@ CANNOT = "cannot: "
 WIDTH, HEADS = 64, 2
 LENGTHS = (1024, 4096, 16384)
 BASE = "softmax"
+FLOOR = "NoMixing"  # a layer's projections, and no attention: timed in both kinds of layer
 TOGETHER = 8  # mechanisms that take turns with one softmax, which at the greatest length takes longer than most
 PATIENCE = 20.0  # seconds that one way there and back may take, as foretold by the length before
 
@@ -100,29 +101,39 @@ def asked(base: Made, made: Mapping[str, Made], causal: bool, n: int, rounds: in
 def measure(
     lengths: tuple[int, ...] = LENGTHS, rounds: int = 3, patience: float = PATIENCE, again: Collection[str] = ()
 ) -> None:
-    """Each mechanism that attends to its own text causally, or to both sides, from the shortest length on.
+    """Each mechanism that attends to its own text causally, or else to both sides, from the shortest length on.
 
-    What is recorded is not measured again, but for those that are named.
+    What is recorded is not measured again, but for those that are named, whose rows stay until there are new ones.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     own = timing.label({"machine": timing.machine()})
     rows: list[Row] = [row for told in timing.load(NAME) if timing.label(told) == own for row in told["rows"]]
-    rows = [row for row in rows if row["method"] not in again or row["tokens"] not in lengths]
+    old = [row for row in rows if row["method"] in again and row["tokens"] in lengths]
     answers = {name: row["found"] for name, row in json.loads(PATTERNS.read_text(encoding="utf-8"))["rows"].items()}
+
+    def known(causal: bool) -> list[Row]:
+        """What need not be measured, of layers of one kind."""
+        return [row for row in _without(rows, old) if row["causal"] is causal]
+
     for n, causal in product(lengths, (True, False)):
         left = [
             (name, method)
             for name, method in mechanisms().items()
-            if _causal(method, answers.get(name, {})) is causal and _left(name, n, rows)
+            if (name == FLOOR or _causal(method, answers.get(name, {})) is causal) and _left(name, n, known(causal))
         ]
         base = warmed(None, causal, n) if left else None
         for start in range(0, len(left), TOGETHER):
             some = dict(left[start : start + TOGETHER])
-            made, new = _made(some, causal, n, rows, patience)
+            made, new = _made(some, causal, n, known(causal), patience)
             if base is not None and made:
                 new += asked(base, made, causal, n, rounds)
-            rows = [row for row in rows if row["method"] not in some or row["tokens"] != n] + new
+            cannot = {row["method"] for row in new if row.get("why", "").startswith(CANNOT)}
+            gone = [
+                row for row in rows if row["causal"] is causal
+                and ((row["method"] in some and row["tokens"] == n) or (row["method"] in cannot and row in old))
+            ]  # fmt: skip
+            rows = _without(rows, gone) + new
             rows.sort(key=lambda row: int(row["tokens"]))  # who reads them goes by growing lengths
             timing.record(
                 NAME, rows, baseline=BASE, inputs=f"random, one text or square image, {HEADS} heads of {WIDTH // HEADS}"
@@ -135,6 +146,11 @@ def _causal(method: Method, found: Mapping[str, str]) -> bool | None:
     if found.get("self, causal") == YES and "text" in method.subjects:
         return True
     return False if found.get("self") == YES else None
+
+
+def _without(rows: list[Row], some: list[Row]) -> list[Row]:
+    """The rows but for these very ones."""
+    return [row for row in rows if not any(row is other for other in some)]
 
 
 def _left(name: str, n: int, rows: list[Row]) -> bool:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.speed.bars import Row, verdicts, where
-from benchmarks.speed.mechanisms import BASE
+from benchmarks.speed.mechanisms import BASE, FLOOR
 from benchmarks.speed.mechanisms import pays as pays_from
 from benchmarks.speed.timing import label, load
 
 WHOLE = 0.9  # a share of pairs below this is what a mechanism is for
-FLOOR = "NoMixing"  # a layer's projections, and no attention
 Told = dict[str, Any]  # what one machine gave
 Table = Callable[[Told], Iterator[str]]
 
@@ -135,35 +134,36 @@ def mechanisms(told: Told) -> Iterator[str]:
     yield "Seconds of one core over those of softmax in the same layer, projections and all; below 1 is faster. Where"
     yield "nothing stands, a shorter text foretold too long a step, or a run ended before it came to that. Share"
     yield "of pairs: what is computed at the greatest length tried, and by how much the time exceeds such a share"
-    yield f"of softmax's, of both without what the layer takes without attention, {FLOOR}'s time where it was tried."
-    yield "*both* attends to both sides, the others to the past. That layer turns tokens by places, which those to"
-    yield "both sides do not, whose figures are a little too low for it; where nothing is left of their time it is 0."
+    yield f"of softmax's, of both without what such a layer takes without attention, {FLOOR}'s time in one; nothing"
+    yield "where that was not tried, and 0 where nothing is left of the time. *both* attends to both sides, the others"
+    yield "to the past, in layers that turn tokens by their places, which those to both sides do not."
     yield ""
     ways = {"there": "there", "and_back": "there and back"}
     heads = [f"{said}, {n:,}" for said in ways.values() for n in lengths]
     yield from _head("", *heads, "there, faster from", "there and back, from", "share of pairs", "over share, there")
-    pays = {what: pays_from(told["rows"], what) for what in ways}
-    for name in sorted({row["method"] for row in told["rows"] if "there" in row}):
-        by_length = {row["tokens"]: row for row in told["rows"] if row["method"] == name and "there" in row}
+    for name, causal in sorted({(row["method"], row["causal"]) for row in told["rows"] if "there" in row}):
+        mine = [row for row in told["rows"] if (row["method"], row["causal"]) == (name, causal)]
+        by_length = {row["tokens"]: row for row in mine if "there" in row}
         cells = [f"{by_length[n][what][name]['ratio']:.2f}" if n in by_length else "" for what in ways for n in lengths]
-        froms = [f"{pays[what][name]:,}" if pays[what][name] else "" for what in ways]
+        pays = (pays_from(mine, what)[name] for what in ways)
         last = by_length[max(by_length)]
-        share = last.get("density", 1.0)
-        over = [f"{share:.1%}", f"{over_share(last, told['rows']):.2f}"] if share < WHOLE else ["", ""]
-        yield _row(name if last["causal"] else f"{name} (*both*)", *cells, *froms, *over)
+        share, over = last.get("density", 1.0), over_share(last, told["rows"])
+        shares = (f"{share:.1%}", "" if over is None else f"{over:.2f}") if share < WHOLE else ("", "")
+        froms = (f"{n:,}" if n else "" for n in pays)
+        yield _row(name if causal else f"{name} (*both*)", *cells, *froms, *shares)
     cannot = sorted({row["method"] for row in told["rows"] if row.get("why", "").startswith("cannot")})
     yield ""
     yield f"In no such layer by themselves: {', '.join(cannot)}." if cannot else ""
 
 
-def over_share(row: Row, rows: list[Row]) -> float:
-    """A mechanism's time there over its share of softmax's, both without what the layer takes without attention."""
-    alike = (
-        other for other in rows if (other["method"], other["tokens"]) == (FLOOR, row["tokens"]) and "there" in other
-    )
-    floor = next((other["there"][FLOOR]["seconds"] for other in alike), 0.0)
+def over_share(row: Row, rows: list[Row]) -> float | None:
+    """A mechanism's time there over its share of softmax's, both without what such a layer takes without attention."""
+    alike = [other for other in rows if all(other[x] == row[x] for x in ("causal", "tokens")) and "there" in other]
+    floor = next((other["there"][FLOOR]["seconds"] for other in alike if other["method"] == FLOOR), None)
+    if floor is None:
+        return None
     mine, whole = (row["there"][name]["seconds"] - floor for name in (row["method"], BASE))
-    return max(0.0, mine) / whole / row["density"]
+    return max(0.0, mine) / whole / row.get("density", 1.0)
 
 
 HEAD = (

@@ -10,17 +10,9 @@ import torch
 from heedful.conformance.bare import Bare, Shape
 from heedful.core.mask import Blocks, Causal, First, Mask, Rule, Window
 from heedful.kit import rows
-from heedful.kit.rows import at_once, tiles
+from heedful.kit.rows import tiles
 
 N = 19
-
-
-def test_some_whole_maps_or_some_rows_of_one() -> None:
-    assert at_once(5, 10, 160) == (3, 16)  # three maps of fifty numbers
-    assert at_once(40, 10, 399) == (1, 39)
-    assert at_once(40, 10, 400) == (1, 40)
-    assert at_once(40, 10, 20) == (1, rows.LEAST)
-    assert rows.LEAST == 16
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.func import jvp, vmap
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, within_budget
 from heedful.core.errors import SiteError
-from heedful.kit import rows, tile_scores
+from heedful.kit import tile_scores
 from heedful.kit.tile_scores import additive, biased, operands
 from heedful.methods import NeuralAttention
 
@@ -50,7 +50,7 @@ def by_units(q: Tensor, k: Tensor, of_query: Tensor, of_key: Tensor, out: Tensor
 @pytest.mark.parametrize("size", [1, 13, 50, 1 << 17])  # a row at a time, two, a head or two, and all
 def test_pieces_and_their_way_back(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_scores, "PIECE", size)
-    monkeypatch.setattr(rows, "LEAST", 1)
+    monkeypatch.setattr(tile_scores, "LEAST", 1)
     draw = torch.Generator().manual_seed(4)
     weight = torch.randn(2, 3, 4, 6, generator=draw, dtype=torch.float64)
     found, wanted = additive(*given()), by_units(*given())
@@ -62,6 +62,17 @@ def test_pieces_and_their_way_back(size: int, monkeypatch: pytest.MonkeyPatch) -
         assert other.grad is not None
         assert bool(other.grad.any())
         assert close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "maps", "step"), [(160, 5, 3, 16), (399, 40, 1, 39), (400, 40, 1, 40), (20, 40, 1, 16)]
+)
+def test_some_whole_maps_or_some_rows_of_one(
+    size: int, rows: int, maps: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_scores, "PIECE", size)
+    found = [here for here, _ in tile_scores._pieces(torch.zeros(1, 7, rows, 1), torch.zeros(1, 7, 10, 1))]
+    assert found == [(slice(h, h + maps), slice(i, i + step)) for h in range(0, 7, maps) for i in range(0, rows, step)]
 
 
 @pytest.mark.parametrize("far", [50.0, 200.0, 1000.0])  # exponentials of twice the last are no numbers

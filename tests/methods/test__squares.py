@@ -112,13 +112,13 @@ def test_where_patches_are_missing_or_stand_otherwise_nothing_is_gathered(cheap:
 
 def test_a_grid_is_cut_once_for_all_that_cut_it_so(cheap: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor | None, ...]] = []
-    cut = _squares._cut
+    cut = _squares._kept
 
     def asked(*given: Any) -> Any:
         seen.append(found := cut(*given))
         return found
 
-    monkeypatch.setattr(_squares, "_cut", asked)
+    monkeypatch.setattr(_squares, "_kept", asked)
     cut.cache_clear()
     with torch.inference_mode():
         for far, before in ((1, 0), (1, 3), (2, 0)):
@@ -127,6 +127,17 @@ def test_a_grid_is_cut_once_for_all_that_cut_it_so(cheap: None, monkeypatch: pyt
     assert cut.cache_info().misses == 2
     assert seen[0] is seen[1]
     assert not any(x.is_inference() for found in seen for x in found if x is not None), "none could be learned through"
+
+
+@pytest.mark.parametrize("most", [719, 720])
+def test_a_large_cut_is_made_anew_and_not_kept(most: int, cheap: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty patches that see four by six places each, at squares of two."""
+    monkeypatch.setattr(_squares, "SIDES", (2,))
+    monkeypatch.setattr(_squares, "KEPT", most)
+    _squares._kept.cache_clear()
+    call = _call((5, 6), 0, 0)
+    narrowed(call.mask, call, near(1)).rules[0].parts()
+    assert _squares._kept.cache_info().currsize == (most == 720)
 
 
 def noted(asked: list[int], *given: Any) -> Tensor:

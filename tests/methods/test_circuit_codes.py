@@ -238,9 +238,13 @@ def test_says_what_is_wrong(model) -> None:
         run(input_ids=ids(6))
     for wrong in ({}, {"encoder.0": torch.zeros(4, 10, 8)}, {"encoder.0": torch.zeros(3, 8, 8)}):
         other = CircuitCodes(sae=Fitted({**wrong, "bias": torch.zeros(8)}))
-        rule = "must have 4 heads of width 8 in layer 0"
+        rule = "must be fitted to all heads of the layer, 4 of width 8 in layer 0"
         with heedful.attach(model, other) as run, pytest.raises(FieldError, match=rule):
             run(input_ids=ids(6))
+    whole = {f"encoder.{layer}": torch.zeros(4, 8, 8) for layer in range(2)}
+    some = CircuitCodes(sae=Fitted({**whole, "bias": torch.zeros(8)})).on(heads=[1, 2])
+    with heedful.attach(model, some) as run, pytest.raises(FieldError, match=r", without \.on\(heads=\.\.\.\)"):
+        run(input_ids=ids(6))
 
 
 def test_one_label_is_that_of_all_texts_of_a_batch_and_others_must_be_as_many() -> None:

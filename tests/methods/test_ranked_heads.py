@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from heedful import attach, models
 from heedful.authoring import FieldError, Layer, SiteError
@@ -63,6 +64,27 @@ def test_derivatives_are_carried_forward_and_many_images_served() -> None:
     assert close(found.float(), ((near[1] - near[0]) / 2e-6).float())
     many = vmap(lambda y: joined(y, y, y, 4, out))(torch.stack([x, way]))
     assert close(many, torch.stack([joined(y, y, y, 4, out) for y in (x, way)]))
+
+
+def by_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What one head hands over, by plain steps."""
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def test_a_second_derivative_is_refused_in_words_where_the_kernel_has_none() -> None:
+    """Of queries, keys and values alike; and given where torch attends by its plain steps."""
+    draw, out = torch.Generator().manual_seed(0), torch.eye(6, dtype=torch.float64)
+    given = [torch.randn(1, 5, 6, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def bent(heads: Tensor, one: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(heads.square().sum(), one, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), one)[0]
+
+    for one in given:
+        with pytest.raises(SiteError, match=r"no second derivative; run the model under torch\.nn\.attention\.sdpa"):
+            bent(joined(*given, 1, out), one)
+        with sdpa_kernel(SDPBackend.MATH):
+            assert close(bent(joined(*given, 1, out), one), bent(by_steps(*given), one))
 
 
 def test_the_start() -> None:

@@ -10,6 +10,7 @@ from heedful.adapters.compiled import require_written_down
 from heedful.adapters.kvcache import HeldLayer
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError, StatisticError
+from heedful.core.mask import Padding
 from heedful.core.sites import Site
 from heedful.core.values import replace
 from heedful.engine.attend import attend
@@ -108,5 +109,13 @@ def evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
     if left:
         held.keep(*left)
         tokens, layer = held.seen * len(held.counts), job.call.layer
-        job.run_state.kept[layer] = (sum(held.counts), tokens)
+        job.run_state.kept[layer] = _kept(held, job.call.mask.padding)
         job.run_state.cache_bytes[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))
+
+
+def _kept(held: HeldLayer, padding: Padding | None) -> tuple[int, int]:
+    """How many entries of texts a layer of the cache holds, and of how many; padding is nobody's."""
+    if padding is None:
+        return sum(held.counts), held.seen * len(held.counts)
+    left = padding.at(held.index) & held.is_filled
+    return int(left.sum()), int(padding.text[:, : held.seen].sum()) * held.heads[1]

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import bidirectional_mask_function
 
 from heedful.adapters.bound import Bound, Request, passes_through
 from heedful.adapters.kvcache import HeldLayer, seen, shrunk
 from heedful.adapters.layers import list_of
-from heedful.adapters.lazymask import LISTS, LazyMask, chosen_pairs
+from heedful.adapters.lazymask import LISTS, LazyMask, MaskSpec, chosen_pairs
 from heedful.adapters.merging import require_no_table
 from heedful.core.errors import SiteError, UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
@@ -92,6 +93,8 @@ def understand(
             mask = mask.to(q.dtype)  # that one adds it to scores, as 0 and 1, where others take it as yes and no
         table, more_bias = from_dense(mask, k.shape[2])
         rules = Mask() if table is None else Mask((Dense(table),))
+        if bound.cross and table is not None:
+            keys, rules = _of_the_other(table, len(q))
         if more_bias is not None:
             bias = more_bias if bias is None else bias + more_bias
     if not LISTS.isdisjoint(more) and (picked := chosen_pairs(bound.module, more, q.shape[1], k.shape[2])) is not None:
@@ -160,6 +163,15 @@ def own_places(bound: Bound, known: Mapping[str, Positions], rows: int, n: int, 
     return own
 
 
+def _of_the_other(table: Tensor, rows: int) -> tuple[Positions, Mask]:
+    """Where keys of another sequence stand by a table of pairs `[b|1 h|1 q|1 k]`: what no query sees is padding."""
+    text = table.any(2).any(1)
+    told = {"attention_mask": text.expand(rows, -1), "mask_function": bidirectional_mask_function, "batch_size": rows}
+    spec = MaskSpec({**told, "kv_offset": 0, "kv_length": table.shape[-1], "device": table.device})
+    alike = bool((table == text[:, None, None]).all())  # to every query
+    return spec.keys, spec.mask if alike else Mask((Dense(table),))
+
+
 def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Positions, Positions]:
     """Positions whose positions start anew in each packed text, where the model says that several are packed."""
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or len(queries) != len(keys):
@@ -175,23 +187,23 @@ def places_in(mask: Any, position_ids: Any) -> Positions | None:
 
     Of a whole row, a text begins where no later token sees what was before, and what sees itself alone, itself not, or
     other texts, is padding. Of a row with more keys than queries, position ids tell how much padding is on the left, if
-    nobody sees it: a tree of guesses stands in fewer places than it has tokens, and a static cache has more.
+    nobody sees it: a tree of guesses stands in fewer places than it has tokens, and a static cache has more. Without
+    these it is what nobody sees, where some other row's first key is seen: what all rows hide may be behind a window.
     """
     if isinstance(mask, Mapping):  # one for each kind of layer, which tell the same
         mask = next(iter(mask.values()), None)
     if not isinstance(mask, Tensor) or isinstance(mask, LazyMask) or mask.ndim != 4:
         return None
     n, m, device = *mask.shape[2:], mask.device
-    if n != m:
-        if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
-            return None
-        pad = (m - 1 - position_ids[:, -1].to(device)).clamp(min=0)
-        if not bool(pad.any()) or (table := from_dense(mask, m)[0]) is None:
-            return None
-        unseen = _ends(table.any(1))[0].amin(-1) >= pad
-        return Positions.row(0, m, device, pad) if bool(unseen.all()) else None
     if (table := from_dense(mask, m)[0]) is None:
         return None
+    if n != m:
+        unseen = pad = _ends(table.any(1))[0].amin(-1)
+        if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
+            pad = (m - 1 - position_ids[:, -1].to(device)).clamp(min=0)
+        elif bool(pad.all()):
+            return None
+        return Positions.row(0, m, device, pad) if bool(pad.any()) and bool((unseen >= pad).all()) else None
     table, row = table.any(1), torch.arange(m, device=device)
     ends = [_ends(rows) for rows in table.split(PAIRS // (m * len(table)) + 1, 1)]  # places are wider than flags
     first, last = (torch.cat(x, -1) for x in zip(*ends, strict=True))

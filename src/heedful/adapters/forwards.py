@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,8 +24,8 @@ from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.layers import within
 from heedful.adapters.merging import require_parted, without_grids
 from heedful.adapters.taking import tokens_of
-from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.method import Stack
+from heedful.core.errors import FieldError, GuessedWarning, RefusedModel
+from heedful.core.method import Stack, method_of
 from heedful.core.positions import Positions
 from heedful.core.regions import Marks
 from heedful.engine.again import stand_around
@@ -63,6 +64,9 @@ class _Guessing(Standing):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         require_no_guesses(self.stack, "assisted and prompt-lookup decoding have guesses read at once")
+        if reading := [part for part in self.stack if all(edit.reads for edit in method_of(part).edits)]:
+            told = f"{Stack(tuple(reading))!r} counts guessed tokens too, those that are taken back among them"
+            warnings.warn(f"{told}; generate one after another to read those that are written", GuessedWarning, 2)
         return self.own(*args, **kwargs)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import cache, wraps
 from numbers import Real
+from operator import index
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -89,19 +90,21 @@ def _require_known(owner: str, known: list[str], given: Mapping[str, Any]) -> No
 
 
 def require_fields(value: Any) -> None:
-    """Refuse a value whose fields are of no kind that their annotations name; a list becomes the tuple it means."""
+    """Refuse a value whose fields are of no kind that their annotations name; the others become what these mean.
+
+    A list becomes a tuple, and a whole number a float where that is asked for: values that are equal look alike.
+    """
     kind: Any = type(value)
     hints = _hints_in(kind)
     for field in fields(value):
         if field.name in hints:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
             given, hint = getattr(value, field.name), hints[field.name]
-            if _fits(given, hint):
-                continue
-            if _fits(taken := _as_tuples(given, hint), hint):
-                object.__setattr__(value, field.name, taken)
-            else:
+            taken = _as_meant(given, hint)
+            if not _fits(taken, hint):
                 _require(kind.__name__, field.name, given, hint, default)
+            if taken is not given:
+                object.__setattr__(value, field.name, taken)
 
 
 def after_kinds(own: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -178,14 +181,18 @@ def _fits(x: Any, hint: Any) -> bool:
     return isinstance(x, kind)
 
 
-def _as_tuples(x: Any, hint: Any) -> Any:
-    """Lists and ranges as tuples where the annotation names one, so that a value is frozen and has a hash."""
+def _as_meant(x: Any, hint: Any) -> Any:
+    """Plain numbers of the annotation's kind, and tuples for lists and ranges, so that a value is frozen and hashes."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return next((found for kind in inside if _fits(found := _as_tuples(x, kind), kind)), x)
+        return x if type(x) in inside else next((y for kind in inside if _fits(y := _as_meant(x, kind), kind)), x)
+    if hint in (int, float) and type(x) is not hint and _fits(x, hint):
+        return index(x) if hint is int else float(x)
     if origin is tuple and inside and isinstance(x, list | range | tuple):
+        if type(x) is tuple and all(type(one) is int for one in x) and inside == (int, ...):
+            return x  # a span's places, of which there may be many
         kinds = inside[:1] * len(x) if inside[-1] is ... else inside
-        return tuple(map(_as_tuples, x, kinds)) if len(kinds) == len(x) else x
+        return tuple(map(_as_meant, x, kinds)) if len(kinds) == len(x) else x
     return x
 
 

@@ -172,6 +172,15 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         """A new one fitted to data; those without anything to fit return themselves."""
         return self
 
+    if not TYPE_CHECKING:  # to whom it would look as if there were any name
+
+        def __getattr__(self, name: str) -> Any:
+            """Say who may be restricted, where somebody would restrict another."""
+            told = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in ("on", "when"):
+                told += f": it goes to {self.handed_to}, and methods alone act in some layers, heads or phases"
+            raise AttributeError(told, name=name, obj=self)
+
     def __repr__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(changed)})"

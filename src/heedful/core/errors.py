@@ -19,6 +19,7 @@ HeedfulError
     └── UnknownArgument  the model passed something to its attention that heedful does not understand
 
 InactiveWarning          a stack ran and changed nothing where it should have
+GuessedWarning           a reader is shown tokens that are guessed, and perhaps taken back
 """
 
 from __future__ import annotations
@@ -140,6 +141,10 @@ class UnknownArgument(ModelError):
 
 class InactiveWarning(UserWarning):
     """A stack ran and changed nothing where it should have."""
+
+
+class GuessedWarning(UserWarning):
+    """A reader is shown tokens that are guessed, and counts those that are taken back too."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

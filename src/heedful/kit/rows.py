@@ -11,11 +11,6 @@ PIECE = 1 << 20  # numbers of maps that are held at once: few such pieces lie in
 LEAST = 16  # rows at once, as many as a product wants
 
 
-def at_once(rows: int, columns: int, size: int) -> tuple[int, int]:
-    """How many maps are made at once, and how many rows of each: some whole ones, or some rows of one."""
-    return max(1, size // (rows * columns)), max(LEAST, size // columns)
-
-
 def tiles(call: Call, texts: int) -> Iterator[Call]:
     """The call's rows with the columns between the first and the last that some of them may see, and what they keep."""
     step = max(LEAST, PIECE // (texts * call.heads * len(call.keys)))

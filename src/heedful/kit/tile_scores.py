@@ -14,7 +14,7 @@ from heedful.core.call import Call
 from heedful.core.errors import SiteError
 from heedful.core.flags import traced
 from heedful.core.method import Method
-from heedful.kit.rows import at_once
+from heedful.kit.rows import LEAST
 from heedful.kit.running import wide
 
 PIECE = 1 << 17  # pairs whose units are added up at once: two maps of so many lie in a core's own cache
@@ -88,7 +88,7 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[slice, slice], Iterato
     a, b = (2 * q.flatten(0, 1)).exp(), (2 * k.flatten(0, 1)).exp().mT.contiguous()
     (maps, rows), keys = a.shape[:2], b.shape[2]
     one = a.new_ones(1, 1, keys)
-    many, step = at_once(rows, keys, PIECE)
+    many, step = max(1, PIECE // (rows * keys)), max(LEAST, PIECE // keys)  # some whole maps, or some rows of one
     for here in itertools.product(_cut(maps, many), _cut(rows, step)):
         x, y = a[here], b[here[0]]
         room = x.new_empty(*x.shape[:2], keys)

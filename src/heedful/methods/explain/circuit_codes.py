@@ -104,7 +104,9 @@ class CircuitCodes(Method):
             return encoder.to(means).expand(h, -1, -1), means.new_zeros(RANDOM_FEATURES)
         own = self.sae.get(f"encoder.{layer}")
         if own is None or own.shape[:2] != (h, d):
-            rule = f"must have {h} heads of width {d} in layer {layer}"
+            rule = (
+                f"must be fitted to all heads of the layer, {h} of width {d} in layer {layer}, without .on(heads=...)"
+            )
             raise FieldError(self, "sae", self.sae, rule, "a fit to this model")
         return own.to(means), self.sae["bias"].to(means)
 

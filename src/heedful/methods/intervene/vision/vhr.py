@@ -33,7 +33,8 @@ class VHR(Method):
             "while the paper writes of an input without the image.",
             "The divergence is taken on plain softmax attention of the layer's own queries, keys and values, without "
             "sink logits that the model may have learned and without other methods' edits of the map.",
-            "The formulas are the paper's; the authors' code could not be read. Spreads divide by the number of heads.",
+            "The formulas are the paper's as another's account has them; neither its text nor the authors' code was at "
+            "hand. Spreads divide by the number of heads.",
         ),
     )
     one_text = True

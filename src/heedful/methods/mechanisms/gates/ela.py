@@ -22,8 +22,9 @@ class ELA(Method):
         2024,
         "2403.01123",
         differs=(
+            "Neither the authors' text nor their code was at hand: the formula was read against others' code for it.",
             "Behind the attention of a vision transformer, as behind a convolution in the authors' residual blocks.",
-            "One convolution and one norm serve both axes, as in the authors' code.",
+            "One convolution and one norm serve both axes, as in that code.",
             "Tokens outside the grid of patches, as a class token, are left as they are; the authors' models have "
             "none. Layers that are causal, or whose patches lie on no grid, are refused.",
             "The convolution is drawn as torch.nn.Conv1d draws it, by a generator seeded by the layer's number.",

@@ -23,10 +23,11 @@ class GatedNorm(Method):
         2026,
         "2601.22966",
         differs=(
+            "The authors' full text was not at hand: the gate was read against its abstract and summaries.",
             "The gate stands at the attention's input, behind the norm of models that norm there; the paper has one "
             "behind every norm, those before the feed-forward part and at the end too, where there is no site.",
             "The feed-forward part stays as wide as it is; the paper narrows it until as many parameters are there.",
-            "The paper does not say how the gate starts; its maps are drawn as torch.nn.Linear draws them, by a "
+            "None of these says how the gate starts; its maps are drawn as torch.nn.Linear draws them, by a "
             "generator seeded by the layer's number, so that it starts near one half.",
         ),
     )

@@ -19,6 +19,7 @@ class Aaren(Method):
         2024,
         "2405.13956",
         differs=(
+            "The authors' text was not at hand: formulas were read against a reader's detailed notes of it.",
             "Each head learns its query itself, where the authors learn a token that the layer projects; what can be "
             "said is the same. The model's own projection to queries stays in it, unused.",
             "Keys come with the model's position embedding in them, and the learned query has none: under a rotary "

@@ -20,6 +20,7 @@ class LinearSelfAttention(Method):
         "2307.03576",
         "ICLR 2024",
         differs=(
+            "The authors' full text was not at hand: this was read against its abstract and first page.",
             "Queries see what the call's mask lets them see; in the paper the last token alone asks, and not itself.",
             "Heads are mixed by the model's own output projection; the paper reads a number off the sum.",
         ),

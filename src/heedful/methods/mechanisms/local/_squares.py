@@ -16,6 +16,7 @@ from heedful.core.rules import Parts
 SIDES = range(2, 17)  # of squares that are tried
 GATHERED = 60  # pairs that take as long as it does to gather a key
 WORTH = 0.5  # of a grid's patches that a patch may cost, to be gathered at all
+KEPT = 1 << 24  # pairs of a cut that is kept: a byte each, and a larger one costs little beside its attention
 
 Ends = tuple[tuple[int, int], ...]  # of an axis, the first place that each place sees, and the one behind the last
 
@@ -31,11 +32,14 @@ def squares(query: Tensor, key: Tensor, sides: Sequence[int], meet: Sequence[Ten
         return ()
     asking = _by_cell(query[0, 0], sides)
     held = asking if key is query else _by_cell(key[0, 0], sides)
-    side = _side(tuple(_ends(table) for table in whole))
+    ends = tuple(_ends(table) for table in whole)
+    side = _side(ends)
     if asking is None or held is None or side is None:
         return ()
     told = tuple(bytes(table.flatten().tolist()) for table in whole)
-    rows, cols, keep = _cut(told, tuple(sides), side, query.device)
+    small = prod(sides) * prod(_widths(ends, side)) <= KEPT
+    cut = _kept if small else _cut
+    rows, cols, keep = cut(told, tuple(sides), side, query.device)
     cells, total = prod(sides), query.shape[2]
     (patches, others), (their_patches, their_others) = asking, held
     rows = torch.cat([patches, patches.new_tensor([total])])[rows.where(rows >= 0, cells)]
@@ -49,15 +53,11 @@ def squares(query: Tensor, key: Tensor, sides: Sequence[int], meet: Sequence[Ten
     return *found, Parts(others[None, None, None], everything[None, None, None])
 
 
-@lru_cache(maxsize=4)
 @torch.inference_mode(False)  # a later call may keep them for its way back
 def _cut(
     tables: tuple[bytes, ...], sides: tuple[int, ...], side: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Squares of a grid: their cells `[m r]`, -1 for none, the cells that these see `[m k]`, and which pairs meet.
-
-    Layers and forwards have the same, so the last ones are kept.
-    """
+    """Squares of a grid: their cells `[m r]`, -1 for none, the cells that these see `[m k]`, and which pairs meet."""
     axes = (
         _along(torch.tensor(list(flat), device=device).view(n, n).bool(), side)
         for n, flat in zip(sides, tables, strict=True)
@@ -68,6 +68,9 @@ def _cut(
         keep = both(keep[:, None, :, None, :, None], more[None, :, None, :, None]).flatten(4)
         keep = keep.flatten(2, 3).flatten(0, 1)
     return rows, cols, None if bool(every(keep.flatten(), 0)) else keep
+
+
+_kept = lru_cache(maxsize=4)(_cut)  # layers and forwards have the same
 
 
 def _by_cell(places: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor] | None:
@@ -95,11 +98,16 @@ def _side(axes: tuple[Ends, ...]) -> int | None:
     """The side of the squares that cost least a patch; None where that is as much as it costs to see the grid."""
     cost = {}
     for side in SIDES:
-        wide = [max(stop - start for start, stop in _groups(ends, side)) for ends in axes]
+        wide = _widths(axes, side)
         gathered = prod(w / min(side, len(ends)) for w, ends in zip(wide, axes, strict=True))
         cost[side] = prod(wide) + GATHERED * gathered
     best = min(cost, key=cost.__getitem__)
     return best if cost[best] < WORTH * prod(len(ends) for ends in axes) else None
+
+
+def _widths(axes: tuple[Ends, ...], side: int) -> list[int]:
+    """Along each axis, how many places the square that sees most sees."""
+    return [max(stop - start for start, stop in _groups(ends, side)) for ends in axes]
 
 
 def _groups(ends: Ends, side: int) -> list[tuple[int, int]]:

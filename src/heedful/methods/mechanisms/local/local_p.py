@@ -23,6 +23,7 @@ class LocalP(Method):
         "1508.04025",
         "EMNLP 2015",
         differs=(
+            "The authors' text was not at hand: the formula was read against another's account of it.",
             "This is the paper's local attention with predicted places; its scores are the model's own products, which "
             "is the paper's `general` with projections on both sides. Input feeding and local-m are not part of it.",
             "Each head predicts a place of its own; the authors' models have one head.",

@@ -25,6 +25,7 @@ class NoMixing(Method):
         2025,
         "2510.11602",
         differs=(
+            "The authors' full text was not at hand: this was read against its abstract and summaries.",
             "Of the paper's variants this is the one without token mixing; those of other scores, of fixed maps and of "
             "static queries and keys are not part of it.",
             "There are no biases, as in the paper's formula; weights are drawn as torch.nn.Linear draws them, by a "

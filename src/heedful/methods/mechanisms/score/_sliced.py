@@ -57,4 +57,21 @@ def joined(query: Tensor, key: Tensor, value: Tensor, heads: int, out: Tensor) -
     # torch's kernels hold no map, there and back; rules for derivatives carried forward have its plain steps alone
     with sdpa_kernel(SDPBackend.MATH) if traced(q, k, v) else nullcontext():
         found = scaled_dot_product_attention(q, k, v)
+    if "ScaledDotProduct" in type(found.grad_fn).__name__:  # a kernel's, of whose way back there is no derivative
+        for x in (q, k, v):
+            if x.requires_grad:
+                x.register_hook(_once)
     return linear(found.transpose(1, 2).flatten(2), out)
+
+
+def _once(slope: Tensor) -> None:
+    """Say in words, before torch's kernel does otherwise, that a derivative of a derivative is not to be had."""
+    if slope.requires_grad:
+        slope.register_hook(_refuse)
+
+
+def _refuse(_: Tensor) -> None:
+    raise SiteError(
+        "torch's kernel, which attends here, has no second derivative; run the model under "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), which holds a map and has one"
+    )

@@ -25,7 +25,8 @@ class QAdA(BlockSparse):
             "Moments are those of the far keys of each block themselves; the paper takes them from a whole prompt.",
             "Sinks and window are rounded up to whole blocks.",
             "A soft cap that a model lays on its scores does not count in the predicted share.",
-            "The paper's code was not found; its default threshold was not verified.",
+            "The paper's code was not found, nor was its text at hand when this was read again: its default threshold "
+            "was not verified.",
         ),
     )
     one_text = True
