@@ -49,7 +49,7 @@ class Rule:
         return None
 
     def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
-        """The ranges of columns that each query keeps (see `core.rows`); None when they have to be looked for.
+        """The ranges of columns that each query keeps (see `core.key_ranges`); None when they have to be looked for.
 
         Keys are consecutive when this is asked.
         """

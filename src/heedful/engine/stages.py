@@ -213,14 +213,14 @@ def _fits(x: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _reweighted(step: Step, weights: Tensor, job: AttentionCall, call: Call) -> Tensor:
-    """A tile's weights after a shift. One that is not known yet is asked for here: the tile is the whole map."""
+    """A tile's weights after a reweighting. One not known yet is asked for here, where the tile is the whole map."""
     if step in job.reweights:
-        shift = job.reweights[step]
+        found = job.reweights[step]
     else:
         accumulator = SummaryAccumulator(frozenset(step.edit.sums), job.call)
         accumulator.add(weights, None, call)
-        shift = reweight_of(step, job, accumulator.summary())
-    new = weights if shift is None else shift.of(weights, call.cols)
+        found = reweight_of(step, job, accumulator.summary())
+    new = weights if found is None else found.of(weights, call.cols)
     job.run_state.watch(step, weights, new)
     return new
 
