@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.api import arrange, attach, operate, reader
 from heedful.core.asked import asks
-from heedful.core.errors import FieldError, RefusedModel, SiteError
+from heedful.core.errors import FieldError, RefusedModel, SiteError, shape_of
 from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Part, Stack, as_stack, clash
 from heedful.drawing import Guided, begin, drawn, guide_of
@@ -233,8 +233,7 @@ class Combined(TextModel):
             run.pause()
         mixed, want = self._ready.combine(logits, read), next(iter(logits.values())).shape
         if not isinstance(mixed, Tensor) or mixed.shape != want:
-            got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
-            raise SiteError(f"{self.step!r}: combine must return logits {tuple(want)}, got {got}")
+            raise SiteError(f"{self.step!r}: combine must return logits {tuple(want)}, got {shape_of(mixed)}")
         return mixed
 
     @property
