@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from types import FunctionType
@@ -18,7 +18,7 @@ from heedful.core.regions import Roles
 from heedful.core.stats import Statistic
 
 if TYPE_CHECKING:
-    from heedful.core.kinds import Surgery
+    from heedful.core.kinds import HeadWeights, Surgery, Vocabulary
     from heedful.core.method import Part, Stack
 
 _FUNCTIONS = (FunctionType, classmethod, property)
@@ -51,7 +51,7 @@ class Readings(Mapping[int, Statistic]):
     def __getitem__(self, layer: int) -> Statistic:
         return self._by_layer[layer]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[int]:
         return iter(self._by_layer)
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class FitContext(Protocol):
     @property
     def layers(self) -> tuple[Layer, ...]: ...
 
-    def weights(self, layer: int) -> Any:
+    def weights(self, layer: int) -> HeadWeights:
         """The layer's projections, head by head."""
         ...
 
@@ -112,7 +112,7 @@ class FitContext(Protocol):
         """What the layer's block multiplies with that its attention gives (LayerScale), `[e]`; None where nothing."""
         ...
 
-    def vocabulary(self) -> Any:
+    def vocabulary(self) -> Vocabulary:
         """The rows of the embedding and of the unembedding."""
         ...
 
