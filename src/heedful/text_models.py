@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from heedful.adapters.cache_name import CACHE, cache_of
+from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.api import arrange, attach, operate, reader
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError, shape_of
@@ -92,8 +93,6 @@ class Single(TextModel):
     """A model as it is, or under a run."""
 
     def __init__(self, model: Any, run: Run | None = None, shown: Shown = ALONE) -> None:
-        from heedful.adapters.wrapped import device_of
-
         if shown.reads == "text":
             require_causal(model)
         self.model, self.run, self.shown = model, run, shown
@@ -260,8 +259,6 @@ class Drawer(TextModel):
     """
 
     def __init__(self, model: Any, what: Contender | None, shown: Shown, **how: Any) -> None:
-        from heedful.adapters.wrapped import device_of
-
         if isinstance(what, Tokens | Surgery):
             rule = "acts on texts or on weights, and a scene is drawn under what acts on attention"
             raise FieldError("compare()", "methods", what, rule, "TempScale(0.5)")
@@ -323,8 +320,6 @@ class Drawer(TextModel):
 
 def require_causal(model: Any) -> None:
     """Refuse a model that cannot go on from a prompt."""
-    from heedful.adapters.wrapped import unwrapped
-
     inner = unwrapped(model)
     if not inner.can_generate() or inner.config.is_encoder_decoder:
         raise RefusedModel(f"a prompt has to be continued, and {type(inner).__name__} is no causal language model")

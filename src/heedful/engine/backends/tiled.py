@@ -50,7 +50,6 @@ def _computed(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -
 
 class Tiled:
     name = "tiled"
-    gradients = True
 
     def __init__(self, rows: int | None = None, compute: Compute = _computed) -> None:
         self.rows = rows
