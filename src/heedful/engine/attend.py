@@ -236,8 +236,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
 def _require_numbers(job: AttentionCall, like: Tensor) -> None:
     """Refuse what is added to scores and no number: looked for where heads are none, at no cost elsewhere."""
     call, steps = job.call, [step for step in job.plan.tiles(Site.SCORES) if step.edit.adds]
-    for start, step in itertools.product(range(0, len(call.queries), FIRST_ROWS), steps):
-        part = call.tile(slice(start, start + FIRST_ROWS), slice(0, len(call.keys)))
+    for part, step in itertools.product(call.bands(FIRST_ROWS), steps):
         shape = (len(like), call.heads, len(part.queries), len(part.keys))
         found = added(step, job, part, shape, torch.float32)
         if found is not None and bool((odd := found.isnan() | (found == torch.inf)).any()):

@@ -296,13 +296,12 @@ def _redrawn(step: Step, old: Mask, given: Mask, new: object, chosen: list[int] 
     return Mask((*held, *own, *([Causal().on(tuple(rest), heads)] if rest else [])))
 
 
-def redraws(call: Call, before: Mask, rows: int = 128) -> bool:
+def redraws(call: Call, before: Mask) -> bool:
     """Whether the call's mask drops a pair that `before` kept, or keeps one that it dropped."""
     if call.mask is before:
         return False
-    for start in range(0, len(call.queries), rows):
-        part = call.tile(slice(start, min(start + rows, len(call.queries))), slice(0, len(call.keys)))
-        everything = torch.ones((), dtype=torch.bool, device=call.queries.index.device)
+    everything = torch.ones((), dtype=torch.bool, device=call.queries.index.device)
+    for part in call.bands(128):
         new, old = (everything if x is None else x for x in (mask.keeps(part.pairs) for mask in (call.mask, before)))
         if bool((new != old).any()):
             return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from heedful.adapters.wrapped import outside
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.sites import Site
+from heedful.core.values import replace
 from heedful.engine.run import Run
 
 NATIVE = "torch's own"
@@ -284,11 +285,11 @@ class Operations:
         ordered, home = self.run.state.now.causal, list_of(bound.name)
         if not bound.cross and home not in ordered and hides_later(rules):
             ordered.add(home)
-        call = Call(
-            bound.number or 0, self.hooks.layers, bound.name, q.shape[1], k.shape[1], queries, keys,
-            q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
-            self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
-            forward=max(0, self.run.state.now.number), lowest=bound.lowest, highest=bound.highest, batch=len(q),
-            sizes=bound.sizes, in_order=bound.cross and home in ordered,
+        call = replace(
+            bound.outline, heads=q.shape[1], kv_heads=k.shape[1], queries=queries, keys=keys,
+            scale=q.shape[-1] ** -0.5 if scale is None else float(scale), phase=Phase.of(queries),
+            denoising=self.run.state.denoising, cross=bound.cross, training=bound.module.training, mask=rules,
+            forward=max(0, self.run.state.now.number), batch=len(q), sizes=bound.sizes,
+            in_order=bound.cross and home in ordered,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call
