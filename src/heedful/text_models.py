@@ -75,7 +75,7 @@ class TextModel(ABC):
 
     @abstractmethod
     def branch(self) -> AbstractContextManager[None]:
-        """A `with` after which the voice stands where it stood before."""
+        """A `with` after which it goes on from where it stood before."""
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -384,10 +384,10 @@ def decode(
     if new_tokens < 1:
         raise FieldError("decode()", "new_tokens", new_tokens, "must be 1 or more", 20)
     out: list[int] = []
-    with Combined(model, step, only, Shown(inputs)) as speaker:
-        logits = speaker.read(prompt)[0]
+    with Combined(model, step, only, Shown(inputs)) as mixed:
+        logits = mixed.read(prompt)[0]
         while True:
             out.append(int(logits.argmax()))
             if len(out) == new_tokens or out[-1] == stop:
                 return tuple(out)
-            logits = speaker.go_on(out[-1])
+            logits = mixed.go_on(out[-1])
