@@ -13,7 +13,7 @@ from heedful.adapters.answering import Operands, computed, left_alone, no_heads,
 from heedful.adapters.bound import Bound
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import apart, heads_told, leftovers, list_of, output_module, unreached, within
+from heedful.adapters.layers import apart, leftovers, list_of, unreached, within
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.operations.entering import Entrance, Watched, otherwise
 from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, SHARED, Found, by_name, find, taking_of
@@ -21,6 +21,7 @@ from heedful.adapters.operations.layout import Layout, rows_in, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import halves, hides_later, places, rules_of
+from heedful.adapters.projections import heads_told, output_module
 from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import outside
 from heedful.core.call import Call, Phase

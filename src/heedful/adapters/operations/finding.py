@@ -23,11 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
-from heedful.adapters.layers import heads_told
 from heedful.adapters.operations.layout import Layout, rows_in
 from heedful.adapters.operations.products import PRODUCTS
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.written import Trail
+from heedful.adapters.projections import heads_told
 from heedful.adapters.taking import Taking, put, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
