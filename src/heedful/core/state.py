@@ -25,7 +25,7 @@ class ByIndex:
 
 @dataclass(frozen=True, eq=False)
 class Until(ByIndex):
-    """How many tokens of each text `[b]` something kept is of: -1, and so of none, once some of them are cropped."""
+    """Of how many tokens of each text `[b]` something kept was made; -1, which is none, once some are cropped."""
 
     dim: int = 0
 
