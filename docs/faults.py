@@ -1,4 +1,4 @@
-"""What is wrong with a page whoever wrote it: placeholders that were left, and links that lead nowhere."""
+"""What is wrong with a page whoever wrote it: placeholders that were left, and links and names that lead nowhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
 PLACEHOLDER = re.compile(r"\{[A-Za-z]\w*\}|<!-- (\w+) -->\s*<!-- /\1 -->|\b(?:TODO|FIXME|XXX)\b")
 
 
@@ -24,8 +25,11 @@ def everywhere() -> list[str]:
 
 def faults(page: Path) -> list[str]:
     """What is wrong with one page."""
-    text = CODE.sub("", page.read_text())
+    whole = page.read_text()
+    text = CODE.sub("", whole)
     found = [f"{left[0]} was left" for left in PLACEHOLDER.finditer(text)]
+    named = (each for each in NAMED.findall(whole) if not _defined(*each))
+    found += [f"names {file}::{name}, which is not there" for file, name in named]
     for target, section in LINK.findall(text):
         if target.startswith(("http://", "https://", "mailto:")):
             continue
@@ -35,6 +39,12 @@ def faults(page: Path) -> list[str]:
         elif section and there.suffix == ".md" and section not in anchors(there):
             found.append(f"links to {target}#{section}, and no heading is that")
     return found
+
+
+def _defined(file: str, name: str) -> bool:
+    """Whether a file of the package, known by the end of its path, has a function or class of that name."""
+    homes = (path for path in (ROOT / "src").rglob(Path(file).name) if f"/{path.as_posix()}".endswith(f"/{file}"))
+    return any(re.search(rf"^ *(?:def|class) {name}\b", path.read_text(), re.MULTILINE) for path in homes)
 
 
 @cache

@@ -111,7 +111,7 @@ def settings(kind: type[CatalogueEntry]) -> list[str]:
         if base.__module__.startswith("heedful."):
             said |= written(base)
     rows = []
-    for field in fields(kind):  # type: ignore[arg-type]
+    for field in fields(kind):
         if not field.init:
             continue
         made = field.default_factory() if field.default_factory is not MISSING else field.default

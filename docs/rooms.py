@@ -20,11 +20,11 @@ STYLE = """
 text { font-family: system-ui, 'Segoe UI', Helvetica, Arial, sans-serif; font-size: 11.5px; fill: #24292f; }
 .title { font-size: 17px; font-weight: 600; } .name { font-size: 13px; font-weight: 600; } .soft { fill: #57606a; }
 .page { fill: #ffffff; } .card { fill: #f6f8fa; stroke: #d0d7de; } .box { fill: #ffffff; stroke: #afb8c1; }
-.wait { fill: none; stroke: #afb8c1; stroke-dasharray: 5 4; } .here { fill: #ddf4ff; stroke: #54aeff; }
+.here { fill: #ddf4ff; stroke: #54aeff; }
 .edge { fill: none; stroke: #8c959f; } .tip { fill: #8c959f; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3; } .soft { fill: #9da7b3; } .page { fill: #0d1117; } .card { fill: #161b22; stroke: #30363d; }
-  .box { fill: #21262d; stroke: #484f58; } .wait { stroke: #6e7681; } .here { fill: #0c2d6b; stroke: #388bfd; }
+  .box { fill: #21262d; stroke: #484f58; } .here { fill: #0c2d6b; stroke: #388bfd; }
   .edge { stroke: #6e7681; } .tip { fill: #6e7681; }
 }
 """
@@ -55,8 +55,7 @@ def _families(top: int) -> tuple[int, list[str]]:
     out = _headed(
         top,
         "Where a new method goes: one file in a room below src/heedful/methods/",
-        "`heedful new method NAME --family ROOM` begins it. A dashed room is built with its first method; the number "
-        "is how many live there.",
+        "`heedful new method NAME --family ROOM` begins it. The number is how many live there.",
     )
     said, count = rooms(), _counts()
     if lost := {room.split("/")[0] for room in said} ^ {family for column in COLUMNS for family in column}:
@@ -81,11 +80,10 @@ def _family(
     for room in inner:
         lines = _lines(said[room], width - 36)
         height = 26 + LINE * len(lines)
-        waits = not (HOME / "methods" / room).is_dir()
         out += [
-            _box(x + 8, y, width - 16, height, "wait" if waits else "box"),
+            _box(x + 8, y, width - 16, height, "box"),
             _text(x + 18, y + 18, room.split("/")[1], "name"),
-            "" if waits else _text(x + width - 18, y + 18, str(count.get(room, 0)), "soft", "end"),
+            _text(x + width - 18, y + 18, str(count.get(room, 0)), "soft", "end"),
             *(_text(x + 18, y + 20 + LINE * (i + 1), line) for i, line in enumerate(lines)),
         ]
         y += height + 7
@@ -93,7 +91,7 @@ def _family(
     if not inner:
         head.append(_text(x + width - 18, top + 20, str(count.get(family, 0)), "soft", "end"))
     head += [_text(x + 10, top + 22 + LINE * (i + 1), t) for i, t in enumerate(_lines(said[family], width - 20))]
-    return y + 3, head + [shape for shape in out if shape]
+    return y + 3, head + out
 
 
 def _counts() -> dict[str, int]:

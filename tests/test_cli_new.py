@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,40 +73,6 @@ def test_wrong_words_write_nothing(tmp_path: Path, words: list[str], reason: str
     assert isinstance(told.exception, FieldError)
     assert reason in str(told.exception)
     assert sorted(root.rglob("*")) == before
-
-
-FIRST = """
-import sys
-from heedful import catalogue, methods, rooms
-for name, room in zip(sys.argv[1::2], sys.argv[2::2]):
-    kind = catalogue.find(name)
-    assert kind is getattr(methods, name)
-    assert kind.__module__.startswith(f"heedful.methods.{room.replace('/', '.')}.")
-    assert catalogue.family(kind) == room.split("/")[0]
-    assert rooms.rooms()[room] == __import__(f"heedful.methods.{room.replace('/', '.')}", fromlist="x").__doc__
-"""
-
-
-def test_rooms_that_wait_are_built_with_their_first_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what stands in them is found, as everywhere."""
-    monkeypatch.setitem(rooms.WAITING, "mechanisms/planted", "Methods of a test.")
-    root = tmp_path / "clone"
-    for folder in ("tests/methods", "claims"):
-        (root / folder).mkdir(parents=True)
-    home = Path(rooms.__file__).parent
-    shutil.copytree(home, root / "src/heedful", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    there = {room for room in rooms.rooms() if (home / "methods" / room).is_dir()}
-    waiting = sorted(set(rooms.WAITING) - there)
-    for i, room in enumerate(waiting):
-        words = ["new", "method", f"First{i}", "--family", room, "--root", str(root), "--key", f"P99{i}"]
-        told = RUN.invoke(app, words)
-        assert told.exit_code == 0, told.output
-        assert f"{room}/__init__.py" in told.output.replace("\n", "")
-    named = [word for i, room in enumerate(waiting) for word in (f"First{i}", room)]
-    env = os.environ | {"PYTHONPATH": str(root / "src")}
-    done = subprocess.run([sys.executable, "-c", FIRST, *named], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert waiting == ["mechanisms/planted"]
 
 
 def test_every_room_says_what_lives_there() -> None:

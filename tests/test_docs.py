@@ -144,17 +144,19 @@ def test_the_method_in_contributing_keeps_every_law(tmp_path: Path, monkeypatch:
     assert len(report.verdicts) == len([law for law in heedful.conformance.laws().values() if "method" in law.kinds])
 
 
-def test_placeholders_and_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+def test_placeholders_and_links_and_names_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     (tmp_path / "other.md").write_text("## What `it` is, in short\n")
     page = tmp_path / "page.md"
     page.write_text(
         "# A [link](other.md)\n\n`{Code}` [a](other.md#what-it-is-in-short) [b](#a-link) [c](http://nowhere)\n"
+        "`attend.py::tile` `core/method.py::Stack`\n"
     )
     assert faults.faults(page) == []
-    page.write_text("{Name} [a](none.md) [b](other.md#that)\n<!-- x -->\n<!-- /x -->\n")
+    page.write_text("{Name} [a](none.md) [b](other.md#that)\n<!-- x -->\n<!-- /x -->\n`kit/attend.py::tile`\n")
     assert [fault.split(",")[0] for fault in faults.faults(page)] == [
         "{Name} was left",
         "<!-- x -->\n<!-- /x --> was left",
+        "names kit/attend.py::tile",
         "links to none.md",
         "links to other.md#that",
     ]

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from heedful import check
-from heedful.conformance.verdict import LAWS, law
+from heedful.conformance.verdict import law
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.methods import AttentionSorting
 from tests.test_laws import Scale
@@ -30,5 +30,17 @@ def test_a_law_is_deaf_to_warnings_that_nothing_changed() -> None:
     def warns_of_nothing(entry: object) -> None:
         warnings.warn("this run changed nothing", InactiveWarning, stacklevel=2)
 
-    del LAWS["warns_of_nothing"]
     warns_of_nothing(None)
+
+
+def test_a_law_hands_on_what_it_is_told_beside_the_method() -> None:
+    """As `composes` is, which the slow suite has try every pair."""
+    told = []
+
+    @law("it is told more")
+    def asks_more(entry: object, every: bool = False) -> None:
+        told.append(every)
+
+    asks_more(None)
+    asks_more(None, every=True)
+    assert told == [False, True]

@@ -16,7 +16,7 @@ from benchmarks.coverage.probe import Gates
 from benchmarks.coverage.tiny import Tiny, build, output_tensors
 from heedful.adapters.around import gives_alone
 from heedful.adapters.choosing import adapter_for
-from heedful.adapters.layers import projections
+from heedful.adapters.projections import projections
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FoldError, RefusedModel

@@ -13,8 +13,7 @@ import heedful
 from benchmarks.coverage.tiny import build
 from heedful import Method, Site, attach, models, operate
 from heedful.adapters.choosing import adapter_for
-from heedful.adapters.layers import projections
-from heedful.adapters.sizes import size_of
+from heedful.adapters.projections import projections, size_of
 from heedful.adapters.weights import read_weights
 from heedful.authoring import Call, Layer, Paper, Surgery, at
 from heedful.conformance.tolerances import close_model

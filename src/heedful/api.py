@@ -104,7 +104,7 @@ class _FitContext:
         return self._adapter.sizes()
 
     def weights(self, layer: int) -> HeadWeights:
-        from heedful.adapters.layers import projections
+        from heedful.adapters.projections import projections
         from heedful.adapters.weights import read_weights
 
         return read_weights(projections(self._adapter.model, self._adapter.layer_names[layer], layer))

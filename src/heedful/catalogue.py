@@ -173,7 +173,7 @@ def in_room(text: str) -> list[str]:
             rule = f"settings for all of {name} need names"
             raise FieldError("compare()", "methods", text, rule, f"{name}(budget={word})")
     wanted = {word.strip() for word, _, _ in words}
-    found = [kind for kind in living if wanted <= {field.name for field in fields(kind)}]  # type: ignore[arg-type]
+    found = [kind for kind in living if wanted <= {field.name for field in fields(kind)}]
     if not found:
         rule = f"no method of {name} has {' and '.join(sorted(wanted))}"
         raise FieldError("compare()", "methods", text, rule, name)

@@ -73,12 +73,11 @@ class _Board:
 class _ByItself(Method):
     """A layer is shown what the model's own was shown, and judged by what that gave."""
 
-    board: Any
+    board: _Board
 
     @at(Site.HIDDEN)
     def show(self, x: Tensor, call: Call) -> Tensor:
-        seen: Tensor = self.board.seen["shown", call.layer]
-        return seen
+        return self.board.seen["shown", call.layer]
 
     @penalises(Site.OUTPUT)
     def judge(self, x: Tensor, call: Call) -> Tensor:
@@ -86,19 +85,17 @@ class _ByItself(Method):
             rule = f"acts in layer {call.layer}, which looks at another stream, and that is not the model's own"
             good = f"{self.board.how.target!r}, restricted by .on(layers=...) to self-attention, or layer_epochs=0"
             raise FieldError(self.board.how, "target", self.board.how.target, rule, good)
-        found: Tensor = self.board.apart(self.board.how.of_layer, "given", x, call)
-        return found
+        return self.board.apart(self.board.how.of_layer, "given", x, call)
 
 
 class _Along(Method):
     """The stream is judged as it leaves each layer."""
 
-    board: Any
+    board: _Board
 
     @penalises(Site.RESIDUAL)
     def judge(self, x: Tensor, call: Call) -> Tensor:
-        found: Tensor = self.board.apart(self.board.how.of_stream, "left", x, call)
-        return found
+        return self.board.apart(self.board.how.of_stream, "left", x, call)
 
 
 def converted(

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from heedful.adapters.hooked import Hooked
 from heedful.api import attach
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError, SiteError, shape_of
 from heedful.core.kinds import Decode, Prompt
 from heedful.core.method import Method, Part, Stack, method_of
 from heedful.core.regions import Roles
@@ -119,8 +119,8 @@ class Guided:
         plain = _predicted(model, given)
         mixed = self.step.combine(found, read)
         if not isinstance(mixed, Tensor) or mixed.shape != plain.shape:
-            got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
-            raise SiteError(f"{self.step!r}: combine must return what is predicted, {tuple(plain.shape)}, got {got}")
+            want = tuple(plain.shape)
+            raise SiteError(f"{self.step!r}: combine must return what is predicted, {want}, got {shape_of(mixed)}")
         return tree_unflatten([mixed.to(plain.dtype) if leaf is plain else leaf for leaf in leaves], form)
 
     def _under(self, run: Run, args: tuple[Any, ...], more: Mapping[str, Any]) -> Any:

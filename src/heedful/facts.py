@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.figures import counted
-from heedful.core.fitted import Fitted
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by how many bytes they take
+from heedful.core.fitted import WHOLE, Fitted
 
 
 def facts_of(model: Any, name: str, layers: int) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def fingerprint(model: Any) -> str:
             rows = (weight.flatten(0, -2) if weight.ndim > 1 else weight.reshape(1, -1)).contiguous()
             each = rows.element_size()
             by_eight = not (rows.shape[1] * each % 8 or rows.storage_offset() * each % 8)  # which are added fastest
-            told[f"{i:06d} rows"] = rows.view(BITS[8 if by_eight else each]).sum(-1, dtype=torch.long).cpu()
+            told[f"{i:06d} rows"] = rows.view(WHOLE[8 if by_eight else each]).sum(-1, dtype=torch.long).cpu()
     return Fitted(told).digest[:16]
 
 

@@ -46,7 +46,7 @@ def rewritten(
     from heedful.adapters.bound import server_of
     from heedful.adapters.choosing import adapter_for
     from heedful.adapters.folding import renew_config
-    from heedful.adapters.layers import projections
+    from heedful.adapters.projections import projections
     from heedful.adapters.saving import saved_with
     from heedful.adapters.weights import read_weights, require_here, write_weights
     from heedful.adapters.wrapped import unwrapped

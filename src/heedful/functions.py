@@ -71,7 +71,7 @@ def functions() -> dict[str, Function]:
     """Those of `heedful` and of `heedful.explaining`, by their last names."""
     known: dict[str, Function] = {}
     for home in (heedful, explaining):
-        for name in home._HOMES:
+        for name in home.__all__:
             itself = getattr(home, name)
             if isinstance(itself, FunctionType) and name not in known:
                 known[name] = Function(f"{home.__name__}.{name}", itself)

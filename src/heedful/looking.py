@@ -18,7 +18,7 @@ from heedful.core.stats import Cat, Sum
 
 PICTURE = "image"  # the role of the picture's tokens in a prompt
 THINGS = "things"  # the role of the words of each thing in a scene, a span each
-HALVES = {PICTURE, "context"}  # roles of joint attention
+CONTEXT = "context"  # that of its words, where attention is over both at once
 
 
 class Looks(Method, abstract=True):
@@ -65,13 +65,13 @@ class WordShares(Method, abstract=True):
         return "the maps of words"
 
     def idle(self, call: Call) -> bool:
-        return not (call.cross or set(call.roles) >= HALVES)
+        return not (call.cross or set(call.roles) >= {PICTURE, CONTEXT})
 
     def shares(self, weights: Tensor, call: Call) -> Tensor:
         found = weights[-1].float().mean(0)  # [q k]
         if call.cross:
             return found
-        return found[call.marked_queries("image")[-1, 0]][:, call.marked("context")[-1, 0]]
+        return found[call.marked_queries(PICTURE)[-1, 0]][:, call.marked(CONTEXT)[-1, 0]]
 
 
 class WordPlaces(WordShares):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from heedful.adapters.cache_name import CACHE, cache_of
+from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.api import arrange, attach, operate, reader
 from heedful.core.asked import asks
-from heedful.core.errors import FieldError, RefusedModel, SiteError
+from heedful.core.errors import FieldError, RefusedModel, SiteError, shape_of
 from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Part, Stack, as_stack, clash
 from heedful.drawing import Guided, begin, drawn, guide_of
@@ -74,7 +75,7 @@ class TextModel(ABC):
 
     @abstractmethod
     def branch(self) -> AbstractContextManager[None]:
-        """A `with` after which the voice stands where it stood before."""
+        """A `with` after which it goes on from where it stood before."""
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -92,8 +93,6 @@ class Single(TextModel):
     """A model as it is, or under a run."""
 
     def __init__(self, model: Any, run: Run | None = None, shown: Shown = ALONE) -> None:
-        from heedful.adapters.wrapped import device_of
-
         if shown.reads == "text":
             require_causal(model)
         self.model, self.run, self.shown = model, run, shown
@@ -233,8 +232,7 @@ class Combined(TextModel):
             run.pause()
         mixed, want = self._ready.combine(logits, read), next(iter(logits.values())).shape
         if not isinstance(mixed, Tensor) or mixed.shape != want:
-            got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
-            raise SiteError(f"{self.step!r}: combine must return logits {tuple(want)}, got {got}")
+            raise SiteError(f"{self.step!r}: combine must return logits {tuple(want)}, got {shape_of(mixed)}")
         return mixed
 
     @property
@@ -261,8 +259,6 @@ class Drawer(TextModel):
     """
 
     def __init__(self, model: Any, what: Contender | None, shown: Shown, **how: Any) -> None:
-        from heedful.adapters.wrapped import device_of
-
         if isinstance(what, Tokens | Surgery):
             rule = "acts on texts or on weights, and a scene is drawn under what acts on attention"
             raise FieldError("compare()", "methods", what, rule, "TempScale(0.5)")
@@ -324,8 +320,6 @@ class Drawer(TextModel):
 
 def require_causal(model: Any) -> None:
     """Refuse a model that cannot go on from a prompt."""
-    from heedful.adapters.wrapped import unwrapped
-
     inner = unwrapped(model)
     if not inner.can_generate() or inner.config.is_encoder_decoder:
         raise RefusedModel(f"a prompt has to be continued, and {type(inner).__name__} is no causal language model")
@@ -390,10 +384,10 @@ def decode(
     if new_tokens < 1:
         raise FieldError("decode()", "new_tokens", new_tokens, "must be 1 or more", 20)
     out: list[int] = []
-    with Combined(model, step, only, Shown(inputs)) as speaker:
-        logits = speaker.read(prompt)[0]
+    with Combined(model, step, only, Shown(inputs)) as mixed:
+        logits = mixed.read(prompt)[0]
         while True:
             out.append(int(logits.argmax()))
             if len(out) == new_tokens or out[-1] == stop:
                 return tuple(out)
-            logits = speaker.go_on(out[-1])
+            logits = mixed.go_on(out[-1])

@@ -17,8 +17,8 @@ from heedful.adapters.interface import Interface
 from heedful.adapters.layers import highest, leftovers, lowest, served, suspects, within
 from heedful.adapters.operations.door import Operations
 from heedful.adapters.planted import Planted
+from heedful.adapters.projections import size_of
 from heedful.adapters.saving import Saving, adopted
-from heedful.adapters.sizes import size_of
 from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import beside
 from heedful.core.errors import FieldError, NotEntered, RefusedModel

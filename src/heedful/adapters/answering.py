@@ -35,7 +35,7 @@ class Operands:
     sink: Tensor | None = None  # a logit without key or value
     dropout: float = 0.0
     pattern: bool = False  # the caller wants the pattern back
-    unasked: bool = False  # it may take it unasked
+    unasked: bool = False  # the caller did not ask for it, and may hand it on all the same
 
 
 def rows_of(hidden: Tensor | None, q: Tensor) -> Tensor | None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.layers import block_of, transposed
+from heedful.adapters.layers import block_of
+from heedful.adapters.projections import transposed
 from heedful.core.errors import RefusedModel
 from heedful.engine.resting import resting
 

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from heedful.adapters.kvcache import own_cache, tensors_in
 from heedful.core.errors import RefusedModel
+from heedful.core.fitted import WHOLE
 from heedful.core.state import Shelf
 from heedful.engine.one_forward import Look
 from heedful.engine.run_state import RunState
@@ -99,7 +100,6 @@ def shelf_of(found: Cache | None) -> Shelf:
 
 # what models of transformers call that which an encoder made before: of images, and of a text or a sound
 ENCODED = ("mm_encoder_outputs", "encoder_outputs", "encoder_hidden_states")
-_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Known = dict[int, dict[str, Any]]  # what methods remember, by part
 
 
@@ -220,7 +220,7 @@ def _picked(rows: Tensor, texts: int, x: Tensor) -> Tensor:
 
 def _marks(x: Tensor) -> Tensor | None:
     """A number `[b]` for the bits of each row, whatever rows stand beside it; None of what has no rows or bits."""
-    kind = _WHOLE.get(x.itemsize)
+    kind = WHOLE.get(x.itemsize)
     if type(x) is not Tensor or is_functorch_wrapped_tensor(x) or x.ndim < 2 or not x.numel() or kind is None:
         return None
     bits = x.detach().contiguous().view(kind).flatten(1).long()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from heedful.adapters.biases import shapes
-from heedful.adapters.layers import Projections
+from heedful.adapters.projections import Projections
 from heedful.core.method import Layer
 from heedful.core.sites import Site
 

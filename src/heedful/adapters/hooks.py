@@ -17,9 +17,10 @@ from heedful.adapters.carried import shelf_of
 from heedful.adapters.forwards import Forwards
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.kvcache import HeldLayer, hold, own_cache, seen, shrinking
-from heedful.adapters.layers import block_of, output_module, projections
+from heedful.adapters.layers import block_of
 from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.merging import came_to, part_behind
+from heedful.adapters.projections import output_module, projections
 from heedful.adapters.replacing import NOTHING, ROTATED, UNROTATED, Spared, shares_keys, takes_up, unrotated
 from heedful.adapters.taking import other_of, put, stream_of
 from heedful.core.call import Call, Phase

@@ -204,7 +204,6 @@ class LazyMask(Tensor):
         if func is torch.ops.aten._to_copy.default and asked.get("dtype") in (None, args[0].dtype):
             device = asked.get("device") or args[0].device  # as a `device_map` has it, from layer to layer
             return cls(args[0].spec.on(torch.device(device)), args[0].dtype != torch.bool)
-
         if func is torch.ops.aten.alias.default:  # of slices that leave out nothing
             return cls(args[0].spec, args[0].dtype != torch.bool)
         if func is torch.ops.aten.slice.Tensor and (rows := _rows(*args, **asked)) is not None:

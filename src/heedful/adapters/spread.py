@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from heedful.adapters.arguments import READ
 from heedful.adapters.bound import Request
-from heedful.adapters.layers import head_width
+from heedful.adapters.projections import head_width
 from heedful.core.errors import RefusedModel
 from heedful.core.sites import Site
 from heedful.engine.run import Run

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from heedful.adapters.biases import give_bias
-from heedful.adapters.layers import HEADS, SHARED, Projections, block_of, transposed
+from heedful.adapters.layers import block_of
+from heedful.adapters.projections import HEADS, SHARED, Projections, transposed
 from heedful.adapters.spread import here, whole
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError

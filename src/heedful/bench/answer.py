@@ -14,7 +14,7 @@ from heedful.text_models import TextModel
 
 @torch.no_grad()
 def answer(text_model: TextModel, item: Item) -> Sheet:
-    """What the voice makes of one item: how likely each option is to it, or what the prompt's own tokens cost it."""
+    """What a text model makes of one item: how likely each option is to it, or what the prompt's own tokens cost it."""
     text_model.shown = item.shown
     if item.shown.looks:
         text_model.read(item.prompt, item.cut)

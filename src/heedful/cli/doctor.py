@@ -50,7 +50,7 @@ def doctor(
         return _served_of_timm(model.removeprefix("timm:"))
     from heedful import models
     from heedful.adapters.choosing import adapter_for
-    from heedful.adapters.layers import projections
+    from heedful.adapters.projections import projections
 
     with console.status(f"loading {model}"):
         loaded = models.load(model)

@@ -13,7 +13,7 @@ from heedful.catalogue import entries
 from heedful.cli.console import console
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
-from heedful.rooms import build, rooms
+from heedful.rooms import rooms
 
 NUMBER = "0000.00000"  # where no paper is named
 METHOD = Template('''"""The formula in one line."""
@@ -146,8 +146,6 @@ def method(
         raise FieldError("heedful new method", "key", key, f"would write over {claim}", "--key 2404.14469")
     if there := [path for path in files if path.exists()]:
         raise FieldError("heedful new method", "name", name, f"would write over {there[0]}", f"{name}2")
-    if built := build(family, home):
-        console.print(f"wrote {built}", markup=False)
     for path, template in files.items():
         path.write_text(template.substitute(words))
         console.print(f"wrote {path}", markup=False)

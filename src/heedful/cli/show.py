@@ -51,7 +51,7 @@ def show(
     console.print((module.__doc__ or "").strip() if module else "", style="cyan", markup=False)
     console.print(inspect.cleandoc(kind.__doc__ or ""), markup=False)
     said = comments(inspect.getsource(kind))
-    for field in fields(kind):  # type: ignore[arg-type]
+    for field in fields(kind):
         default = "" if field.default is MISSING else f" = {field.default!r}"
         console.print(f"  {field.name}{default}  {said.get(field.name, '')}".rstrip(), markup=False)
     _tell(kind.paper)

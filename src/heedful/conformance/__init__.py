@@ -7,17 +7,17 @@ from collections.abc import Iterable
 import torch
 
 from heedful.conformance import place
-from heedful.conformance.verdict import LAWS, Broken, DoesNotApply, Law, Report, Verdict
+from heedful.conformance.verdict import Broken, DoesNotApply, Law, Report, Verdict
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, nearest
 from heedful.core.method import CatalogueEntry
 
-__all__ = ["LAWS", "Law", "Report", "Verdict", "check", "laws"]
+__all__ = ["Law", "Report", "Verdict", "check", "laws"]
 
 
 def laws() -> dict[str, Law]:
     """Every law by name."""
-    from heedful.conformance import (  # noqa: F401 - importing registers their laws
+    from heedful.conformance import (
         call_laws,
         fold_laws,
         merging_laws,
@@ -28,7 +28,8 @@ def laws() -> dict[str, Law]:
         text_laws,
     )
 
-    return dict(LAWS)
+    homes = (call_laws, model_laws, fold_laws, merging_laws, precision_laws, saving_laws, step_laws, text_laws)
+    return {found.name: found for home in homes for found in vars(home).values() if isinstance(found, Law)}
 
 
 @asks
@@ -47,7 +48,7 @@ def check(
             continue
         try:
             with place.on(device):
-                law.try_on(entry)
+                law(entry)
         except DoesNotApply as why:
             verdicts.append(Verdict(name, "does not apply", str(why)))
         except Broken as how:

@@ -6,7 +6,6 @@ import io
 import itertools
 import pickle
 import tempfile
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from heedful.core.errors import HeedfulError
 from heedful.core.mask import Causal, Dense
 from heedful.core.method import Method
 from heedful.core.sites import HEADLESS_SITES, Site
-from heedful.core.stats import Cat, Statistic, load, save
+from heedful.core.stats import Cat, Statistic, load, merged, save
 from heedful.core.values import replace
-from heedful.engine.backends import BACKENDS
 
 TwoLayers = partial(Bare, depth=2)  # what a method does may begin after the first
 SHAPES = {
@@ -159,7 +157,7 @@ def _gradients(method: Method, bare: Bare, backend: str, wanted: bool = True) ->
     params = parameters(method, bare.shape.layer, bare.dtype)
     leaves = [bare.q, bare.k, bare.v, *params.values()]
     for x in leaves:
-        x.requires_grad_(wanted and BACKENDS[backend].gradients)
+        x.requires_grad_(wanted)
     heads, _ = bare.run(method, backend, tile_rows=7 if backend == "tiled" else None, params=params)
     weight = torch.linspace(-1, 1, heads.numel(), dtype=heads.dtype, device=heads.device).view_as(heads)
     if not heads.requires_grad:
@@ -225,13 +223,6 @@ def _near(x: Tensor, y: Tensor) -> bool:
     return close(x.float(), y.float())
 
 
-def _merged(parts: Iterable[Statistic]) -> Statistic:
-    first, *rest = parts
-    for part in rest:
-        first = first + part
-    return first
-
-
 @law("statistics merge in any order, split as the whole, and survive saving and pickling")
 def statistics(method: Method) -> None:
     if not any(edit.reads for edit in method.edits):
@@ -240,13 +231,13 @@ def statistics(method: Method) -> None:
     found: list[dict[str, Statistic]] = []
     for seed, n in enumerate((19, 7, 12)):
         bare = TwoLayers(Shape(q=n, k=n), seed=seed)
-        object.__setattr__(bare.call, "forward", seed)
+        bare.call = replace(bare.call, forward=seed)
         found.append(bare.run(method, backend)[1])
     for name in found[0]:
         parts = [f[name] for f in found]
-        whole = _merged(parts)
+        whole = merged(parts)
         for order in itertools.permutations(parts):
-            _close_statistics(_merged(order), whole, f"{name}: another order of merging")
+            _close_statistics(merged(order), whole, f"{name}: another order of merging")
         _close_statistics(parts[0] + (parts[1] + parts[2]), whole, f"{name}: another grouping")
         with tempfile.TemporaryDirectory() as folder:
             back = load(save(Path(folder) / "s.safetensors", {name: whole}))[name].to(place())
@@ -296,4 +287,4 @@ def _split_is_whole(method: Method, backend: str) -> None:
         alone.append(one.run(method, backend)[1])
     for name, stat in together.items():
         if not isinstance(stat, Cat):
-            _same(stat, _merged(a[name] for a in alone), f"{name}: a batch is not the sum of its texts", exact=False)
+            _same(stat, merged(a[name] for a in alone), f"{name}: a batch is not the sum of its texts", exact=False)

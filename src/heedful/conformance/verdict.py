@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning
 from heedful.core.figures import printed
-from heedful.core.method import CatalogueEntry
 
 
 class Broken(HeedfulError):
@@ -23,32 +21,23 @@ class DoesNotApply(HeedfulError):
 
 @dataclass(frozen=True)
 class Law:
-    """One law: a sentence, and a function that raises Broken or DoesNotApply."""
+    """One law: a sentence, and a function of a method that raises Broken or DoesNotApply."""
 
     name: str
     text: str
     kinds: tuple[str, ...]
-    try_on: Callable[[CatalogueEntry], None]
+    tried: Callable[..., None]
+
+    def __call__(self, entry: Any, **how: Any) -> None:
+        """Try it on a method; that nothing was changed is for the law to say, and no warning."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InactiveWarning)
+            self.tried(entry, **how)
 
 
-LAWS: dict[str, Law] = {}
-
-
-def law(text: str, kinds: tuple[str, ...] = ("method",)) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a law under its function's name; that nothing was changed is for the law to say, and no warning."""
-
-    def mark(function: Callable[..., None]) -> Callable[..., None]:
-        @wraps(function)
-        def tried(entry: Any) -> None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", InactiveWarning)
-                function(entry)
-
-        name = function.__name__
-        LAWS[name] = Law(name, text, kinds, tried)
-        return tried
-
-    return mark
+def law(text: str, kinds: tuple[str, ...] = ("method",)) -> Callable[[Callable[..., None]], Law]:
+    """Make a law of a function, which goes by the function's name."""
+    return lambda function: Law(function.__name__, text, kinds, function)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
@@ -187,6 +187,11 @@ class Call:
         """The same call, seen by the queries `rows` and the keys `cols`; rows end where there are no more."""
         rows = slice(*rows.indices(len(self.queries)))
         return replace(self, queries=self.queries.take(rows), keys=self.keys.take(cols), rows=rows, cols=cols)
+
+    def bands(self, rows: int) -> Iterator[Call]:
+        """Its queries so many at a time, each time with all keys."""
+        for start in range(0, len(self.queries), rows):
+            yield self.tile(slice(start, start + rows), slice(0, len(self.keys)))
 
     def regions(self, role: str) -> tuple[Region, ...]:
         """The spans named `role` in each text of the batch; one region where all have the same."""

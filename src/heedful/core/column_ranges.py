@@ -1,4 +1,4 @@
-"""Sets of key columns as sorted, disjoint, half-open ranges."""
+"""Sets of key columns, as of a whole tile, in sorted, disjoint ranges; `core.key_ranges` has one for each query."""
 
 from __future__ import annotations
 

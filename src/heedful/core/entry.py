@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
 
@@ -18,7 +18,7 @@ from heedful.core.regions import Roles
 from heedful.core.stats import Statistic
 
 if TYPE_CHECKING:
-    from heedful.core.kinds import Surgery
+    from heedful.core.kinds import HeadWeights, Surgery, Vocabulary
     from heedful.core.method import Part, Stack
 
 _FUNCTIONS = (FunctionType, classmethod, property)
@@ -51,7 +51,7 @@ class Readings(Mapping[int, Statistic]):
     def __getitem__(self, layer: int) -> Statistic:
         return self._by_layer[layer]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[int]:
         return iter(self._by_layer)
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class FitContext(Protocol):
     @property
     def layers(self) -> tuple[Layer, ...]: ...
 
-    def weights(self, layer: int) -> Any:
+    def weights(self, layer: int) -> HeadWeights:
         """The layer's projections, head by head."""
         ...
 
@@ -112,7 +112,7 @@ class FitContext(Protocol):
         """What the layer's block multiplies with that its attention gives (LayerScale), `[e]`; None where nothing."""
         ...
 
-    def vocabulary(self) -> Any:
+    def vocabulary(self) -> Vocabulary:
         """The rows of the embedding and of the unembedding."""
         ...
 
@@ -128,7 +128,7 @@ def _require_own_names(cls: type[CatalogueEntry]) -> None:
     bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("heedful.core.")]
     taken = {"kind"} | {name for base in bases for name, x in vars(base).items() if isinstance(x, _FUNCTIONS)}
     marked = {name for name, member in vars(cls).items() if hasattr(member, "__heedful_edit__")}
-    for what, names in (("field", {f.name for f in fields(cls)}), ("marked function", marked)):  # type: ignore[arg-type]
+    for what, names in (("field", {f.name for f in fields(cls)}), ("marked function", marked)):
         if clashing := sorted(names & taken):
             raise DefinitionError(
                 f"{cls.__name__} has a {what} named {clashing[0]}, which says something else of every entry; "
@@ -143,6 +143,8 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
     paper: ClassVar[Paper] = UNPUBLISHED
     kind: ClassVar[str] = "entry"
     handed_to: ClassVar[str] = "heedful.attach()"
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # each is made a dataclass below
 
     def __post_init__(self) -> None:
         """Refuse fields that do not suit; by then each is known to be of the kind that its annotation names."""
@@ -182,5 +184,5 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
             raise AttributeError(told, name=name, obj=self)
 
     def __repr__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]  # type: ignore[arg-type]
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]
         return f"{type(self).__name__}({', '.join(changed)})"

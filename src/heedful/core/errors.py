@@ -67,6 +67,15 @@ def shown(value: object) -> str:
     return " ".join(["a", type(value).__name__, *(str(tuple(x)) for x in [getattr(value, "shape", ())] if x)])
 
 
+def shape_of(value: object, typed: bool = False) -> str:
+    """The shape of a tensor, with its type where that matters too; the kind of whatever came in the place of one."""
+    from torch import Tensor
+
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}" if typed else str(tuple(value.shape))
+
+
 class UnknownFieldError(FieldError, TypeError):
     """A field or an argument that its owner does not have: names those that it has."""
 

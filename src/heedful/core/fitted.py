@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ROWS = torch.contiguous_format  # with strides of its own, where `contiguous` leaves those of an axis of one place
-WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by how many bytes one takes
 MOST, TIMES = 2**26, 64  # numbers that few may stand for, however few they are, and each of them besides
 
 

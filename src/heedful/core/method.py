@@ -45,9 +45,9 @@ class Method(CatalogueEntry, abstract=True):
     """Edits sites, reads them, or penalises what it finds. Set `paper`, name the fields, mark functions with `@at`."""
 
     kind = "method"
-    edits: ClassVar[Any] = _Edits(())
+    edits: ClassVar[_Edits] = _Edits(())
     whole_map: ClassVar[bool] = False  # a SCORES or PATTERN edit that must see all rows at once
-    anywhere: ClassVar[bool] = False  # its edits of tiles go by these' own places and tensors, however gathered
+    anywhere: ClassVar[bool] = False  # its edits look at nothing but a tile, whose rows and keys may lie anywhere
     causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
     chunk_invariant: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
     subjects: ClassVar[tuple[str, ...]] = ("text",)  # what it is for: "text", "image", "encoder-decoder", "cross"
@@ -63,20 +63,21 @@ class Method(CatalogueEntry, abstract=True):
                 mark = getattr(member, "__heedful_edit__", None)
                 if isinstance(mark, Edit):
                     found[name] = mark._replace(name=name)
-        cls.edits = _Edits(tuple(sorted(found.values(), key=lambda e: (e.site.order, e.reads))))
+        marks = tuple(sorted(found.values(), key=lambda e: (e.site.order, e.reads)))
+        cls.edits = _Edits(marks)
         if abstract:
             return
-        if not cls.edits:
+        if not marks:
             raise DefinitionError(f"{cls.__name__} edits no site: mark a function with @at(Site.X) or @reads(Site.X)")
         names = {f.name for f in fields(cls)}
-        for edit in cls.edits:
+        for edit in marks:
             for word, name in (("when", edit.when), ("first", edit.first)):
                 if name and name not in names:
                     raise DefinitionError(f"{cls.__name__}.{edit.name}: {word}={name!r} names no field of the class")
-        if any(edit.merges for edit in cls.edits) and (cls.causal or cls.chunk_invariant):
+        if any(edit.merges for edit in marks) and (cls.causal or cls.chunk_invariant):
             rule = "merges tokens, and so looks at all of them: set `causal` and `chunk_invariant` to False"
             raise DefinitionError(f"{cls.__name__} {rule}")
-        kinds = [(e.site, e.reads, e.loss, e.when, e.training) for e in cls.edits]
+        kinds = [(e.site, e.reads, e.loss, e.when, e.training) for e in marks]
         if len(set(kinds)) < len(kinds):
             raise DefinitionError(f"{cls.__name__} marks one site twice: join the functions into one")
 

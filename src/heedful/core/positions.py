@@ -33,7 +33,7 @@ class Positions:
     first: int | None = None  # the first index, when the indices are first, first + 1, ...
     pads: tuple[int, int] | None = None  # least and largest index - position, when known
     is_filled: Tensor | None = None  # [b|1, g|1, n]: False for empty cache slots, and for queries that are padding
-    last: int | None = None  # of keys without a `first`: an index that none is above, where one is known
+    last: int | None = None  # of keys without a `first`: an index that no key's is above, where one is known
     filled: Tensor | None = None  # [b|1, g|1]: so many of the last places are the valid ones, where that is known
 
     def __len__(self) -> int:

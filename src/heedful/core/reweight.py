@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from heedful.core.errors import DefinitionError, nearest
-from heedful.core.sites import Edit, Site
-from heedful.core.summary import PARTS
+from heedful.core.errors import DefinitionError
+from heedful.core.sites import Edit, F, Site, marking
+from heedful.core.summary import PARTS, require_parts
 
-F = TypeVar("F", bound=Callable[..., object])
 REWEIGHT_PARTS = tuple(part for part in PARTS if part != "carried")
 
 
@@ -59,32 +57,29 @@ class Reweight:
 
     def of(self, weights: Tensor, cols: slice | Tensor) -> Tensor:
         """A tile's weights `[b h r k]` after it, where `cols` are the tile's columns."""
-        kept = weights * self.factor[..., cols][..., None, :].to(weights.dtype)
-        if self.free is None:
-            free, given, aim = None, kept, weights.sum(-1, keepdim=True)
-        else:
-            free = self.free[..., cols][..., None, :]
-            given = kept.masked_fill(~free, 0.0)
-            aim = weights.sum(-1, keepdim=True) - kept.masked_fill(free, 0.0).sum(-1, keepdim=True)
-        total = given.sum(-1, keepdim=True)
+        kept, free, total, aim = self.parts(weights, cols, weights.sum(-1, keepdim=True))
         enough = total >= torch.finfo(total.dtype).tiny
         scale = aim / total.masked_fill(~enough, 1.0)
         restored = kept * scale if free is None else torch.where(free, kept * scale, kept)
         return torch.where(enough, restored, weights)
 
+    def parts(
+        self, weights: Tensor, cols: slice | Tensor, whole: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Weights at some columns times their factors, and which of these columns give way, None for all.
+
+        Then what those come to, and what they and all others that give way are to come to in rows whose sums are
+        `whole`.
+        """
+        kept = weights * self.factor[..., cols][..., None, :].to(weights.dtype)
+        if self.free is None:
+            return kept, None, kept.sum(-1, keepdim=True), whole
+        free = self.free[..., cols][..., None, :]
+        held = kept.masked_fill(free, 0.0).sum(-1, keepdim=True)
+        return kept, free, kept.masked_fill(~free, 0.0).sum(-1, keepdim=True), whole - held
+
 
 def reweights(*requested: str) -> Callable[[F], F]:
     """Mark a function that takes the `Summary` of the pattern so far, and returns a `Reweight`, or None for none."""
-    for name in requested:
-        if name not in REWEIGHT_PARTS:
-            known = ", ".join(REWEIGHT_PARTS)
-            raise DefinitionError(
-                f"@reweights({name!r}): no such part; there are {known}.{nearest(name, REWEIGHT_PARTS)}"
-            )
-
-    def mark(function: F) -> F:
-        edit = Edit(Site.PATTERN, function.__name__, reads=False, sums=tuple(sorted(set(requested))), reweights=True)
-        function.__heedful_edit__ = edit  # type: ignore[attr-defined]
-        return function
-
-    return mark
+    require_parts("reweights", requested, REWEIGHT_PARTS)
+    return marking(Edit(Site.PATTERN, sums=tuple(sorted(set(requested))), reweights=True))

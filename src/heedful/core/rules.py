@@ -17,7 +17,7 @@ from heedful.core.positions import Pairs, Positions, spread_heads
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Queries that few keys are for, gathered part by part with these; a query in no part sees nothing."""
+    """A mask's pairs in parts: some queries, and the keys that some of them see. A query in no part sees nothing."""
 
     rows: Tensor  # [b|1, h|1, parts, r], which queries of the call; as many as it has: none
     cols: Tensor  # [b|1, h|1, parts, k], which keys
@@ -49,7 +49,7 @@ class Rule:
         return None
 
     def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
-        """The ranges of columns that each query keeps (see `core.rows`); None when they have to be looked for.
+        """The ranges of columns that each query keeps (see `core.key_ranges`); None when they have to be looked for.
 
         Keys are consecutive when this is asked.
         """

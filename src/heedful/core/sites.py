@@ -56,10 +56,10 @@ class Edit(NamedTuple):
     """One marked function of a method class."""
 
     site: Site
-    name: str
-    reads: bool
+    reads: bool = False
+    name: str = ""  # the function's
     sums: tuple[str, ...] = ()  # the parts of the pattern's summary that it reads instead of tiles
-    reweights: bool = False  # it moves weight between whole columns, see `core.shift`
+    reweights: bool = False  # it moves weight between whole columns, see `core.reweight`
     loss: bool = False  # what it reads is a differentiable number
     when: str = ""  # the field without which there is no such step
     first: str = ""  # the field that says how many of a call's first rows it reads
@@ -71,7 +71,9 @@ class Edit(NamedTuple):
     by_distance: bool = False  # and it goes by how far apart tokens are
 
 
-def _marking(edit: Edit) -> Callable[[F], F]:
+def marking(edit: Edit) -> Callable[[F], F]:
+    """A decorator that marks a method's function as that edit, under the function's name."""
+
     def mark(function: F) -> F:
         function.__heedful_edit__ = edit._replace(name=function.__name__)  # type: ignore[attr-defined]
         return function
@@ -94,9 +96,7 @@ def at(
         raise DefinitionError(f"@at({site}, before_rotary=True): only MIX and BLOCK replace all that reads positions")
     if merges and site is not Site.RESIDUAL:
         raise DefinitionError(f"@at({site}, merges=True): tokens are merged in the stream between layers, at RESIDUAL")
-    return _marking(
-        Edit(site, "", reads=False, when=when, before_rotary=before_rotary, training=training, merges=merges)
-    )
+    return marking(Edit(site, when=when, before_rotary=before_rotary, training=training, merges=merges))
 
 
 def adds(function: F) -> F:
@@ -106,7 +106,7 @@ def adds(function: F) -> F:
     for themselves. Minus infinity says that a pair is not to be seen, which costs less where MASK leaves it out; nan
     and plus infinity are refused.
     """
-    return _marking(Edit(Site.SCORES, "", reads=False, adds=True))(function)
+    return marking(Edit(Site.SCORES, adds=True))(function)
 
 
 def adds_by_distance(function: F) -> F:
@@ -114,7 +114,7 @@ def adds_by_distance(function: F) -> F:
 
     A distance is how far a key stands behind its query. It is as `@adds`, where a kernel need ask but once a call.
     """
-    return _marking(Edit(Site.SCORES, "", reads=False, adds=True, by_distance=True))(function)
+    return marking(Edit(Site.SCORES, adds=True, by_distance=True))(function)
 
 
 def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:
@@ -128,7 +128,7 @@ def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:
         raise DefinitionError(
             f"@reads({site}, first={first!r}): only PATTERN is read by rows; take them from the tensor"
         )
-    return _marking(Edit(site, "", reads=True, when=when, first=first))
+    return marking(Edit(site, reads=True, when=when, first=first))
 
 
 def penalises(site: Site, when: str = "") -> Callable[[F], F]:
@@ -136,4 +136,4 @@ def penalises(site: Site, when: str = "") -> Callable[[F], F]:
 
     `run.loss()` adds these up over tiles and layers, and they join the model's own loss where labels are given.
     """
-    return _marking(Edit(site, "", reads=True, loss=True, when=when))
+    return marking(Edit(site, reads=True, loss=True, when=when))

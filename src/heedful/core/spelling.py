@@ -24,7 +24,7 @@ def name_of(kind: type[CatalogueEntry]) -> str:
 def spelled(part: CatalogueEntry | Scoped) -> dict[str, Any]:
     """A method and its restrictions as plain values; tensors are named by what they hold."""
     method = method_of(part)
-    names = [f.name for f in fields(method) if f.init]  # type: ignore[arg-type]  # every entry is a dataclass
+    names = [f.name for f in fields(method) if f.init]
     out: dict[str, Any] = {
         "method": name_of(type(method)),
         "fields": {name: _plain(method, name, getattr(method, name)) for name in names},
@@ -57,7 +57,7 @@ def fitted_in(value: Any) -> Iterator[Fitted]:
             yield from fitted_in(x)
     elif isinstance(value, CatalogueEntry | Scoped):
         method = method_of(value)
-        for f in fields(method):  # type: ignore[arg-type]
+        for f in fields(method):
             yield from fitted_in(getattr(method, f.name))
 
 

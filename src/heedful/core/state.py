@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, shape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class ByIndex:
 
 @dataclass(frozen=True, eq=False)
 class Until(ByIndex):
-    """How many tokens of each text `[b]` something kept is of: -1, and so of none, once some of them are cropped."""
+    """Of how many tokens of each text `[b]` something kept was made; -1, which is none, once some are cropped."""
 
     dim: int = 0
 
@@ -120,9 +120,8 @@ class Notes(MutableMapping[str, Tensor]):
     def __setitem__(self, name: str, x: Note) -> None:
         tensor = x.x if isinstance(x, ByIndex) else x
         if not isinstance(tensor, Tensor) or not tensor.ndim or self._batch not in (None, len(tensor)):
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             rule = f"must be a tensor [b ...] with the batch first, of {self._batch} texts, for beams to reorder it"
-            raise FieldError("call.state", f"cache[{name!r}]", got, rule, "x.expand(call.batch, ...)")
+            raise FieldError("call.state", f"cache[{name!r}]", shape_of(tensor), rule, "x.expand(call.batch, ...)")
         self._shelf.mine(self._key)[name] = x
 
     def __delitem__(self, name: str) -> None:

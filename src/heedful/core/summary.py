@@ -9,23 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from heedful.core.errors import DefinitionError, nearest
-from heedful.core.sites import Edit, Site
+from heedful.core.sites import Edit, F, Site, marking
 
 if TYPE_CHECKING:
     from heedful.core.call import Call
 
-F = TypeVar("F", bound=Callable[..., object])
-
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """Sums over the pattern of one call, after every edit, or before a shift. What was asked for is there.
+    """Sums over the pattern of one call, after every edit, or before a `Reweight`. What was asked for is there.
 
     Padding queries count nowhere in `received`, `seen` and `distance`; their rows of the others mean nothing
     (`call.is_text` tells which they are). A query that may see nothing has zeros everywhere.
@@ -81,20 +79,21 @@ def sums(*requested: str, penalises: bool = False) -> Callable[[F], F]:
     With `penalises` it returns a differentiable number instead, as a tensor without axes, and what it is shown has
     gradients: a loss on what keys receive is then trained on without a map, where a penalty on PATTERN needs one.
     """
-    for name in requested:
-        if name not in PARTS:
-            raise DefinitionError(f"@sums({name!r}): no such part; there are {', '.join(PARTS)}.{nearest(name, PARTS)}")
+    require_parts("sums", requested, PARTS)
     if not requested:
         raise DefinitionError(f"@sums() names nothing: name at least one of {', '.join(PARTS)}")
     if penalises and "place" in requested:
         raise DefinitionError('@sums("place", penalises=True): a column\'s number has no gradient; "peak" has one')
 
-    def mark(function: F) -> F:
-        edit = Edit(Site.PATTERN, function.__name__, reads=True, sums=tuple(sorted(set(requested))), loss=penalises)
-        function.__heedful_edit__ = edit  # type: ignore[attr-defined]
-        return function
+    return marking(Edit(Site.PATTERN, reads=True, sums=tuple(sorted(set(requested))), loss=penalises))
 
-    return mark
+
+def require_parts(mark: str, requested: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Refuse what is no part of a summary."""
+    for name in requested:
+        if name not in known:
+            there = f"{', '.join(known)}.{nearest(name, known)}"
+            raise DefinitionError(f"@{mark}({name!r}): no such part; there are {there}")
 
 
 class SummaryAccumulator:

@@ -8,17 +8,15 @@ back, so that no map is held. What needs more of a row than how many keys it see
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from heedful.core.errors import DefinitionError, nearest
-from heedful.core.sites import Edit, Site
+from heedful.core.sites import Edit, F, Site, marking
 
-F = TypeVar("F", bound=Callable[..., object])
 Form = Literal["sigmoid", "relu"]
 FORMS: tuple[str, ...] = get_args(Form)  # the native kernel counts them in this order
 
@@ -54,6 +52,4 @@ def weighs(function: F) -> F:
 
     It is asked with the whole call, once or tile by tile, and answers the same each time.
     """
-    mark: Any = function
-    mark.__heedful_edit__ = Edit(Site.NORMALISE, function.__name__, reads=False, weighs=True)
-    return function
+    return marking(Edit(Site.NORMALISE, weighs=True))(function)

@@ -99,14 +99,12 @@ def tensors_of(given: Any) -> Iterator[Tensor]:
             yield from tensors_of(x)
 
 
-def density_of(call: Call, rows: int = 256) -> float:
+def density_of(call: Call) -> float:
     """The share of query-key pairs that the call's mask computes."""
-    q, k = len(call.queries), len(call.keys)
     kept = total = 0
-    for start in range(0, q, rows):
-        part = call.tile(slice(start, min(start + rows, q)), slice(0, k))
+    for part in call.bands(256):
         keep = call.mask.keeps(part.pairs)
-        size = len(part.queries) * k
+        size = len(part.queries) * len(part.keys)
         total += size
         kept += size if keep is None else int(keep.sum()) * size // max(1, keep.numel())
     return kept / max(1, total)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import SiteError
+from heedful.core.errors import SiteError, shape_of
 from heedful.core.flags import left_out, lowered, zeroed
 from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
@@ -25,7 +25,17 @@ from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs, tilewise
 from heedful.engine.plan import Plan
 from heedful.engine.precision import mixed, unmixed, wide, widened
-from heedful.engine.stages import added, at_distances, chosen_heads, in_heads, own_rows, stage, staged, weighing_of
+from heedful.engine.stages import (
+    added,
+    at_distances,
+    chosen_heads,
+    in_heads,
+    in_these,
+    own_rows,
+    stage,
+    staged,
+    weighing_of,
+)
 from heedful.engine.untouched import Untouched
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
@@ -157,13 +167,10 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall,
     else:
         new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
     if not isinstance(new, Tensor) or new.shape != scores.shape:
-        got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-        raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {tuple(scores.shape)}, got {got}")
-    if step.heads is not None:
-        chosen = chosen_heads(step, call)
-        merged = weights.clone()
-        merged[:, chosen] = new[:, chosen]
-        new = merged
+        want = tuple(scores.shape)
+        raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {want}, got {shape_of(new)}")
+    if step.heads is not None and (chosen := chosen_heads(step, call)) is not None:
+        new = in_these(weights, new, chosen)
     job.run_state.watch(step, weights, new)
     return new
 
@@ -229,8 +236,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
 def _require_numbers(job: AttentionCall, like: Tensor) -> None:
     """Refuse what is added to scores and no number: looked for where heads are none, at no cost elsewhere."""
     call, steps = job.call, [step for step in job.plan.tiles(Site.SCORES) if step.edit.adds]
-    for start, step in itertools.product(range(0, len(call.queries), FIRST_ROWS), steps):
-        part = call.tile(slice(start, start + FIRST_ROWS), slice(0, len(call.keys)))
+    for part, step in itertools.product(call.bands(FIRST_ROWS), steps):
         shape = (len(like), call.heads, len(part.queries), len(part.keys))
         found = added(step, job, part, shape, torch.float32)
         if found is not None and bool((odd := found.isnan() | (found == torch.inf)).any()):
@@ -331,8 +337,7 @@ def _made(step: Step, given: Any, want: tuple[int, ...], job: AttentionCall, cal
     """What a step that replaces a whole stretch of the call makes of what enters there."""
     made = getattr(step.method, step.edit.name)(given, job.run_state.view(step, call))
     if not isinstance(made, Tensor) or made.shape != want:
-        got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-        raise SiteError(f"{step}, layer {call.layer}: must return a tensor of shape {want}, got {got}")
+        raise SiteError(f"{step}, layer {call.layer}: must return a tensor of shape {want}, got {shape_of(made)}")
     job.run_state.offered[step] += 1
     job.run_state.changed.add(step)
     return made

@@ -19,7 +19,7 @@ from heedful.engine.run_state import RunState
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One call and everything the model says about it that is not a method's business."""
+    """A call as methods see it, the plan of what they do in it, and what else the model says."""
 
     plan: Plan
     run_state: RunState

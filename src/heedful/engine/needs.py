@@ -53,7 +53,7 @@ class Needs:
     pattern: bool = False  # the caller wants the pattern back
     call: Call | None = None  # after every MASK step; None where only a stack is known
     tensors: tuple[Tensor, ...] = ()  # queries, keys and values, where there are any
-    learned: tuple[Tensor, ...] = ()  # what else the weights depend on: sink logits, parameters of shifts
+    learned: tuple[Tensor, ...] = ()  # what else the weights depend on: sink logits, parameters of edits
 
     @classmethod
     def of(
@@ -116,7 +116,7 @@ class Needs:
 
     @cached_property
     def key_ranges(self) -> Tensor | None:
-        """The ranges of keys that each query sees, see `core.rows`; None where a row has too many."""
+        """The ranges of keys that each query sees, see `core.key_ranges`; None where a row has too many."""
         if self.call is None:
             return None
         return self.call.mask.key_ranges(self.call.queries, self.call.keys, self.call.heads)

@@ -119,10 +119,10 @@ class Plan:
         methods = {s.number: s.method for s in self.steps if s.edit.site in MAP_SITES and not s.edit.adds}
         return sum(method.above() for method in methods.values())
 
-    def before(self, shift: Step) -> Plan:
-        """What makes the pattern that a shift is told about."""
+    def before(self, reweighting: Step) -> Plan:
+        """What makes the pattern that a reweighting is told about."""
         edits = (s for s in self.steps if s.edit.site in MAP_SITES and not s.edit.reads)
-        earlier = self.at(Site.PATTERN)[: self.at(Site.PATTERN).index(shift)]
+        earlier = self.at(Site.PATTERN)[: self.at(Site.PATTERN).index(reweighting)]
         return Plan(tuple(s for s in edits if s.edit.site is not Site.PATTERN or s in earlier))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What shifts of weight between columns (`core.shift`) do to a call, for backends that do not hold the whole map."""
+"""What moving weight between columns (`core.reweight`) does to a call, for backends that do not hold the whole map."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEEP = 8.0  # what is left of a row may be so much smaller than all of it befor
 
 
 def resolved(job: AttentionCall, first: Callable[[AttentionCall], object]) -> AttentionCall:
-    """The job with what its shifts do: each is told the summary of the pattern so far, from a pass of its own."""
+    """The job with what its reweightings do: each is told the summary of the pattern so far, from a pass of its own."""
     for step in job.plan.reweights:
         summary = Summary()
         if step.edit.sums:
@@ -42,21 +42,22 @@ def corrected(
     exact: Rows,
     rows: int,
 ) -> Tensor:
-    """Heads after the one shift of a job, from a kernel that shows no weights.
+    """Heads after the one reweighting of a job, from a kernel that shows no weights.
 
-    The kernel's heads are those of the pattern as it was. What a shift adds to them needs the weights of the columns
-    that it touches, and these are few. `exact` computes rows in which too little of the weight is left for that.
+    The kernel's heads are those of the pattern as it was. What a reweighting adds to them needs the weights of the
+    columns that it touches, and these are few. `exact` computes rows in which too little of the weight is left for
+    that.
     """
     (step,) = job.plan.reweights
     accumulator = SummaryAccumulator(frozenset({*step.edit.sums, "place"}), job.call)
     plain = kernel(replace(job, accumulator=accumulator))
     summary = accumulator.summary()
-    shift = reweight_of(step, job, summary.only(step.edit.sums))
-    columns = None if shift is None else shift.touched
-    if shift is None or columns is None or not len(columns):
+    reweight = reweight_of(step, job, summary.only(step.edit.sums))
+    columns = None if reweight is None else reweight.touched
+    if reweight is None or columns is None or not len(columns):
         job.run_state.watch(step, plain, plain)
         return plain
-    job = replace(job, reweights={step: shift})
+    job = replace(job, reweights={step: reweight})
     total = plain.shape[2]
     if len(columns) > MOST:
         blocks = (slice(start, min(start + rows, total)) for start in range(0, total, rows))
@@ -67,7 +68,7 @@ def corrected(
     level = _level(q, wide(tensors[1]), job, summary)
     for start in range(0, total, rows):
         block = slice(start, min(start + rows, total))
-        found = _moved(job, shift, columns, block, (q[:, :, block], k, v), level[:, :, block], plain[:, :, block])
+        found = _moved(job, reweight, columns, block, (q[:, :, block], k, v), level[:, :, block], plain[:, :, block])
         out[:, :, block] = exact(job, block) if found is None else found
     job.run_state.watch(step, plain, out)
     return out
@@ -88,14 +89,14 @@ def _level(q: Tensor, k: Tensor, job: AttentionCall, summary: Summary) -> Tensor
 
 def _moved(
     job: AttentionCall,
-    shift: Reweight,
+    reweight: Reweight,
     columns: Tensor,
     block: slice,
     tensors: tuple[Tensor, ...],
     level: Tensor,
     plain: Tensor,
 ) -> Tensor | None:
-    """A block's heads after the shift; None where some row must be computed anew."""
+    """A block's heads after the reweighting; None where some row must be computed anew."""
     q, k, v = tensors
     scores = biased(job.call.capped(grouped(q, k.mT) * job.call.scale), job, block, columns)
     weights = (scores - level[..., None]).exp()  # [b h r c]
@@ -109,11 +110,8 @@ def _moved(
         whole = whole - (wide(sink) - level[..., None]).exp()
         if bool((sees & (whole * STEEP < 1)).any()):
             return None
-    kept = weights * shift.factor[..., columns][..., None, :].to(weights.dtype)
-    free = None if shift.free is None else shift.free[..., columns][..., None, :]
-    given = kept if free is None else kept.masked_fill(~free, 0.0)
-    aim = whole if free is None else whole - kept.masked_fill(free, 0.0).sum(-1, keepdim=True)
-    left = whole - weights.sum(-1, keepdim=True) + given.sum(-1, keepdim=True)
+    kept, free, given, aim = reweight.parts(weights, columns, whole)
+    left = whole - weights.sum(-1, keepdim=True) + given  # with what columns that are not touched have
     scale = torch.where(whole > 0, aim / left, 1.0)
     if not bool(((scale <= STEEP) & (scale >= 0)).all()):
         return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call, DenoisingStep, Phase
-from heedful.core.errors import DefinitionError, SiteError
+from heedful.core.errors import DefinitionError, SiteError, shape_of
 from heedful.core.method import Stack, Step
 from heedful.core.sites import Site
 from heedful.core.state import Key, Notes, Shelf, State
@@ -197,7 +197,7 @@ class RunState:
 
     def _penalise(self, step: Step, call: Call, found: object) -> None:
         if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
-            got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            got = shape_of(found, typed=True)
             raise DefinitionError(f"{step}: a penalty is a floating-point tensor without axes, not {got}; sum it up")
         if self.now.blind_layer:
             raise blind(f"{step}, layer {call.layer}")

@@ -22,14 +22,13 @@ def backend_named(backend: str, owner: str = "attach()") -> str:
     return backend
 
 
-def select(requested: str, needs: Needs, backends: dict[str, Backend] | None = None) -> Backend:
+def select(requested: str, needs: Needs) -> Backend:
     """The backend asked for, or with 'auto' the first that refuses nothing."""
-    have = backends or BACKENDS
-    if requested != "auto":
-        if reasons := have[requested].refuses(needs):
-            raise BackendError(f"backend {requested!r} cannot serve this call: " + "; ".join(reasons))
-        return have[requested]
-    return next(b for b in have.values() if not b.refuses(needs))
+    if requested == "auto":
+        return next(b for b in BACKENDS.values() if not b.refuses(needs))
+    if reasons := BACKENDS[requested].refuses(needs):
+        raise BackendError(f"backend {requested!r} cannot serve this call: " + "; ".join(reasons))
+    return BACKENDS[requested]
 
 
 def select_once(requested: str, needs: Needs, known: dict[Hashable, Backend]) -> Backend:
@@ -62,14 +61,13 @@ class Explanation:
 
     stack: Stack
     choices: tuple[Choice, ...]
-    untouched: str = "layers without a step keep the model's own attention"
     layers: tuple[str, ...] = ()  # of the model, where one is known
 
     def __str__(self) -> str:
         rows = "\n".join(map(str, self.choices))
         names = self.layers if len(self.layers) < 3 else (self.layers[0], "...", self.layers[-1])
         of = f"\n{len(self.layers)} attention layers: {', '.join(names)}" if names else ""
-        return f"{self.stack!r}\n{rows}\n({self.untouched}){of}"
+        return f"{self.stack!r}\n{rows}\n(layers without a step keep the model's own attention){of}"
 
     def _repr_html_(self) -> str:
         return printed(self)

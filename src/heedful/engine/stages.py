@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import CachedKV, Call, Kept, Merged
-from heedful.core.errors import SiteError
+from heedful.core.errors import SiteError, shape_of
 from heedful.core.flags import zeroed
 from heedful.core.mask import Causal, Mask
 from heedful.core.method import Step
@@ -46,6 +46,13 @@ def chosen_heads(step: Step, call: Call) -> list[int] | None:
     if heads[-1] >= call.heads:
         raise SiteError(f"{step}, layer {call.layer}: heads must be below {call.heads}, for example heads=[0]")
     return _kv_heads(heads, call, step) if step.edit.site in (Site.KEY, Site.VALUE, Site.CACHE) else list(heads)
+
+
+def in_these(old: Tensor, new: Tensor, heads: list[int]) -> Tensor:
+    """A tensor with some heads' part of another."""
+    out = old.clone()
+    out[:, heads] = new[:, heads].to(old.dtype)
+    return out
 
 
 def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
@@ -149,14 +156,12 @@ def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tens
         places, told = merges.places, {"ids": None, "hidden": None, "rotate": None}  # of the tokens that there were
         return new.stream.to(x.dtype), replace(call, queries=places, keys=places, sizes=merges.sizes, **told)
     if not isinstance(new, Tensor) or new.shape != x.shape:
-        got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise SiteError(
-            f"{step}, layer {call.layer}: must return a tensor of shape {site.shape} = {tuple(x.shape)}, got {got}"
+            f"{step}, layer {call.layer}: must return a tensor of shape {site.shape} = {tuple(x.shape)}, got "
+            f"{shape_of(new)}"
         )
     if chosen is not None:
-        merged = x.clone()
-        merged[:, chosen] = new[:, chosen].to(x.dtype)
-        new = merged
+        new = in_these(x, new, chosen)
     job.run_state.watch(step, x, new)
     if site is Site.SCORES:
         new, call = _hidden(x, new, call)
@@ -176,10 +181,9 @@ def added(step: Step, job: AttentionCall, call: Call, shape: tuple[int, ...], dt
         job.run_state.offered[step] += 1
         return None
     if not isinstance(found, Tensor) or not _fits(found, shape):
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise SiteError(
             f"{step}, layer {call.layer}: must return what scores gain, [b|1, h|1, r|1, k|1] = {shape}, or None for "
-            f"nothing, got {got}"
+            f"nothing, got {shape_of(found)}"
         )
     return in_heads(step, job, call, found.to(dtype))
 
@@ -188,10 +192,9 @@ def at_distances(step: Step, job: AttentionCall, call: Call, far: Tensor) -> Ten
     """What scores gain at distances `[m]`, as the step says it, `[h|1 m]`."""
     found = getattr(step.method, step.edit.name)(far, job.run_state.view(step, call))
     if not isinstance(found, Tensor) or found.shape not in {(h, len(far)) for h in (1, call.heads)}:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise SiteError(
             f"{step}, layer {call.layer}: must return what scores gain at each distance, [h|1, m] = "
-            f"{(call.heads, len(far))}, got {got}"
+            f"{(call.heads, len(far))}, got {shape_of(found)}"
         )
     return found
 
@@ -213,14 +216,14 @@ def _fits(x: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _reweighted(step: Step, weights: Tensor, job: AttentionCall, call: Call) -> Tensor:
-    """A tile's weights after a shift. One that is not known yet is asked for here: the tile is the whole map."""
+    """A tile's weights after a reweighting. One not known yet is asked for here, where the tile is the whole map."""
     if step in job.reweights:
-        shift = job.reweights[step]
+        found = job.reweights[step]
     else:
         accumulator = SummaryAccumulator(frozenset(step.edit.sums), job.call)
         accumulator.add(weights, None, call)
-        shift = reweight_of(step, job, accumulator.summary())
-    new = weights if shift is None else shift.of(weights, call.cols)
+        found = reweight_of(step, job, accumulator.summary())
+    new = weights if found is None else found.of(weights, call.cols)
     job.run_state.watch(step, weights, new)
     return new
 
@@ -293,13 +296,12 @@ def _redrawn(step: Step, old: Mask, given: Mask, new: object, chosen: list[int] 
     return Mask((*held, *own, *([Causal().on(tuple(rest), heads)] if rest else [])))
 
 
-def redraws(call: Call, before: Mask, rows: int = 128) -> bool:
+def redraws(call: Call, before: Mask) -> bool:
     """Whether the call's mask drops a pair that `before` kept, or keeps one that it dropped."""
     if call.mask is before:
         return False
-    for start in range(0, len(call.queries), rows):
-        part = call.tile(slice(start, min(start + rows, len(call.queries))), slice(0, len(call.keys)))
-        everything = torch.ones((), dtype=torch.bool, device=call.queries.index.device)
+    everything = torch.ones((), dtype=torch.bool, device=call.queries.index.device)
+    for part in call.bands(128):
         new, old = (everything if x is None else x for x in (mask.keeps(part.pairs) for mask in (call.mask, before)))
         if bool((new != old).any()):
             return True
@@ -346,9 +348,9 @@ def _left(step: Step, given: object, entries: CachedKV, call: Call) -> Kept:
     new = kept.keep
     all_stay = new is None and kept is given
     if not all_stay and (not isinstance(new, Tensor) or new.dtype != torch.bool or new.shape != shape):
-        got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
         raise SiteError(
-            f"{step}, layer {call.layer}: must return which entries stay, bool of shape {tuple(shape)}, got {got}"
+            f"{step}, layer {call.layer}: must return which entries stay, bool of shape {tuple(shape)}, got "
+            f"{shape_of(new, typed=True)}"
         )
     for name, old, written in (("key", entries.key, kept.key), ("value", entries.value, kept.value)):
         if isinstance(written, Packing):
@@ -372,12 +374,7 @@ def _left(step: Step, given: object, entries: CachedKV, call: Call) -> Kept:
             return None
         if isinstance(new, Packing):
             return new.among(chosen)
-        merged = old.clone()
-        merged[:, chosen] = new[:, chosen].to(old.dtype)
-        return merged
+        return in_these(old, new, chosen)
 
-    keep = None
-    if new is not None:
-        keep = torch.ones_like(new)
-        keep[:, chosen] = new[:, chosen]
+    keep = None if new is None else in_these(torch.ones_like(new), new, chosen)
     return Kept(keep, there(entries.key, kept.key), there(entries.value, kept.value))

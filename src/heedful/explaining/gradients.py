@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.adapters.choosing import adapter_for
-from heedful.adapters.layers import projections
+from heedful.adapters.projections import projections
 from heedful.adapters.weights import read_weights
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.asked import asks

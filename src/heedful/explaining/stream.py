@@ -175,7 +175,7 @@ class Stream:
     def outputs(self) -> list[tuple[Tensor, Tensor | None]]:
         """Each layer's output projection `[e h d]`, and its bias."""
         from heedful.adapters.choosing import adapter_for
-        from heedful.adapters.layers import projections
+        from heedful.adapters.projections import projections
         from heedful.adapters.weights import read_weights
 
         names = adapter_for(self.model, None).layer_names

@@ -67,7 +67,7 @@ class Grid:
     open: Tensor  # [b|1, h|1, n, m]: blocks of which the mask keeps some pair
     rows: Tensor  # [b|1, 1, n, size]: which queries are text
     cols: Tensor  # [b|1, 1, m, size]: which keys some query of the text sees
-    ranges: Tensor  # [b|1, h|1, n, size, r, 2]: the columns that each query sees, see `core.rows`
+    ranges: Tensor  # [b|1, h|1, n, size, r, 2]: the columns that each query sees, see `core.key_ranges`
 
     @staticmethod
     def of(call: Call, size: int) -> Grid | None:

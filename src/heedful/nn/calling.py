@@ -82,8 +82,9 @@ def _call(module: Attention, given: Given) -> Call:
     rotate = None if module.rotary is None else partial(turned, places=queries.position, base=module.rotary)
     return Call(
         module.layer, module.depth, run.layer_names[module.layer], module.num_heads, module.kv_heads, queries, keys,
-        module.head_dim**-0.5, None, phase, run.state.denoising, given.cross, module.training, None, run.roles,
-        given.query, rotate, given.told.mask, run.state.now.number, batch=sizes.rows,
+        module.head_dim**-0.5, phase=phase, denoising=run.state.denoising, cross=given.cross, training=module.training,
+        roles=run.roles, hidden=given.query, rotate=rotate, mask=given.told.mask, forward=run.state.now.number,
+        batch=sizes.rows,
     )  # fmt: skip
 
 

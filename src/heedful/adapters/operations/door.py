@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from heedful.adapters.answering import Operands, computed, left_alone, no_heads,
 from heedful.adapters.bound import Bound
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import apart, heads_told, leftovers, list_of, output_module, unreached, within
+from heedful.adapters.layers import apart, leftovers, list_of, unreached, within
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.operations.entering import Entrance, Watched, otherwise
 from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, SHARED, Found, by_name, find, taking_of
@@ -21,11 +21,13 @@ from heedful.adapters.operations.layout import Layout, rows_in, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import halves, hides_later, places, rules_of
+from heedful.adapters.projections import heads_told, output_module
 from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import outside
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.sites import Site
+from heedful.core.values import replace
 from heedful.engine.run import Run
 
 NATIVE = "torch's own"
@@ -284,11 +286,11 @@ class Operations:
         ordered, home = self.run.state.now.causal, list_of(bound.name)
         if not bound.cross and home not in ordered and hides_later(rules):
             ordered.add(home)
-        call = Call(
-            bound.number or 0, self.hooks.layers, bound.name, q.shape[1], k.shape[1], queries, keys,
-            q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
-            self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
-            forward=max(0, self.run.state.now.number), lowest=bound.lowest, highest=bound.highest, batch=len(q),
-            sizes=bound.sizes, in_order=bound.cross and home in ordered,
+        call = replace(
+            bound.outline, heads=q.shape[1], kv_heads=k.shape[1], queries=queries, keys=keys,
+            scale=q.shape[-1] ** -0.5 if scale is None else float(scale), phase=Phase.of(queries),
+            denoising=self.run.state.denoising, cross=bound.cross, training=bound.module.training, mask=rules,
+            forward=max(0, self.run.state.now.number), batch=len(q), sizes=bound.sizes,
+            in_order=bound.cross and home in ordered,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

@@ -23,11 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
-from heedful.adapters.layers import heads_told
 from heedful.adapters.operations.layout import Layout, rows_in
 from heedful.adapters.operations.products import PRODUCTS
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.written import Trail
+from heedful.adapters.projections import heads_told
 from heedful.adapters.taking import Taking, put, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
@@ -263,8 +263,8 @@ def find(model: nn.Module, run: Callable[..., Any], given: Any = None, alone: bo
     """Run a model, at rest and without gradients, and tell its attention layers; it is left as it was, as is `given`.
 
     Once, or up to three times where sizes do not tell which axis of its queries holds the heads; once more where a
-    stream so changed makes those behind it longer or shorter. `alone`: what runs is
-    a module's own forward, past its hooks, on the arguments `given`.
+    stream so changed makes those behind it longer or shorter. With `alone` what runs is a module's own forward, past
+    its hooks, on the arguments `given`.
     """
     watch = _watched(_Watch(model), run, given, alone)
     if watch.open:

@@ -19,7 +19,6 @@ class Backend(Protocol):
     """Computes heads, and the pattern where it is asked for and kept."""
 
     name: str
-    gradients: bool  # whether autograd can go through it
 
     def refuses(self, needs: Needs) -> list[str]:
         """Every reason why this backend cannot serve, empty when it can."""

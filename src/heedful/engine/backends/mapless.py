@@ -1,4 +1,4 @@
-"""What kernels that hold no map share: which steps they leave to others, and sums that are drawn from little."""
+"""What kernels that hold no map share: why they refuse a call, and the parts of a summary that they need not add up."""
 
 from __future__ import annotations
 

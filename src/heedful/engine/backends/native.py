@@ -45,7 +45,6 @@ GRAIN = 32  # what a block of a block table must be a multiple of: the widest pa
 
 class Native:
     name = "native"
-    gradients = True
 
     def refuses(self, needs: Needs) -> list[str]:
         kernel = library()

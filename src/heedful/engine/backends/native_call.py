@@ -171,7 +171,7 @@ def attended(
     p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
     asked = Asked(p, alone(call) and not back)
     p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
-    p.exact = bool(job.plan.reweights)  # what a shift takes away again must not have been rounded
+    p.exact = bool(job.plan.reweights)  # what a reweighting takes away again must not have been rounded
     if asked.alone and isinstance(k, Ragged) and isinstance(v, Ragged) and k.counts == v.counts:
         asked.hold("held", k.table)
         k, v = k.flat, v.flat

@@ -13,7 +13,6 @@ from heedful.engine.precision import wide
 
 class Reference:
     name = "reference"
-    gradients = True
 
     def refuses(self, needs: Needs) -> list[str]:
         return []

@@ -13,7 +13,6 @@ from heedful.engine.needs import TRANSFORMED, Needs
 
 class Sdpa:
     name = "sdpa"
-    gradients = True
 
     def refuses(self, needs: Needs) -> list[str]:
         inside = needs.map_steps + needs.adds + needs.reweights + needs.sum_steps + needs.weighed

@@ -50,7 +50,6 @@ def _computed(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -
 
 class Tiled:
     name = "tiled"
-    gradients = True
 
     def __init__(self, rows: int | None = None, compute: Compute = _computed) -> None:
         self.rows = rows
@@ -105,7 +104,7 @@ class Tiled:
             start += step
 
     def block(self, job: AttentionCall, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The heads of some rows, for a job whose shifts are known."""
+        """The heads of some rows, for a job whose reweightings are known."""
         above = min(job.plan.above, rows.start)
         call, cols = _cut(job.call, slice(rows.start - above, rows.stop), above if job.plan.above else None)
         rows = call.rows

@@ -35,7 +35,6 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 class Triton:
     name = "triton"
-    gradients = True
 
     def refuses(self, needs: Needs) -> list[str]:
         call = needs.call
