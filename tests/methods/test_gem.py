@@ -179,7 +179,7 @@ def test_what_was_not_fitted_is_refused() -> None:
     vit = models.tiny("vit")
     inputs = models.tiny_inputs(vit)
     for method, match in (
-        (GEM(last=1), r"maps = None: must be copied with heedful.fit"),
+        (GEM(last=1), r"maps = None: must be fitted with heedful.fit"),
         (fit(GEM(last=1), dino(hidden_size=64), ()), r"were fitted to another model, or fewer layers: \[e, 4, 8\]"),
     ):
         with pytest.raises(FieldError, match=match), heedful.attach(vit, method) as run:
