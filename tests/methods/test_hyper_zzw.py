@@ -160,8 +160,8 @@ def test_what_cannot_be() -> None:
     for kernels in ((0,), (-1,), (3, 4), (3, 3)):
         with pytest.raises(FieldError, match=r"kernels = .*: must be odd numbers of patches, no two alike; .*\(3, 5\)"):
             HyperZZW(kernels=kernels)
-    with pytest.raises(FieldError, match=r"hidden = 0: must be 1 or more channels; .*32"):
-        HyperZZW(hidden=0)
+    with pytest.raises(FieldError, match=r"units = 0: must be 1 or more channels; .*32"):
+        HyperZZW(units=0)
     method = HyperZZW(2, (), 2)
     for grid in ((2, 3), (3, 2)):
         call, x = image_call(method, grid, 1, 0, E)
