@@ -16,7 +16,7 @@ KEEP = 10
 def profiled(seed: int) -> PASTA:
     """On prompts of its own, other ones for each seed."""
     batches = [item.batch for item in prompts(1000 + seed, LEARN)]
-    return fit(PASTA(keep=KEEP, layers=LAYERS), default().model, batches)
+    return fit(PASTA(count=KEEP, layers=LAYERS), default().model, batches)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -14,7 +14,7 @@ from heedful import attach, fit
 from heedful.methods import GEM
 
 SCENES, SHOWN = 12, 4  # pictures in which the thing is sought, and views of it by which it is
-WAYS = {"self-self": GEM(), "not drawn together": GEM(iterations=0), "values alone": GEM(of=("value",))}
+WAYS = {"self-self": GEM(), "not drawn together": GEM(rounds=0), "values alone": GEM(of=("value",))}
 
 
 @cache

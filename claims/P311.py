@@ -8,7 +8,7 @@ from claims import P322
 from claims._loaded import default
 from claims.ledger import Claim, run
 from claims.P027 import SHOWN, TOKENS, UNSEEN, lost, unseen
-from heedful.kit.grids import damped
+from heedful.kit.rounding import damped
 from heedful.methods import Absmax, TurboBoA
 from heedful.methods.compress.quantise._calibrated import HANDED_ON, Calibrated, Lesson
 from heedful.methods.compress.quantise._calibrated import SHOWN as OF_LAYER

@@ -38,7 +38,7 @@ def losses(run: heedful.Run | torch.nn.Module) -> torch.Tensor:
 
 ways = {
     "sinks and window": SinkWindow(sinks=4, window=1024),
-    "SpargeAttn": SpargeAttn(tau=0.98, alike=-1.0),
+    "SpargeAttn": SpargeAttn(mass=0.98, alike=-1.0),
 }
 plain = losses(model)
 print(f"{'every pair':<18} loss {plain.mean():.3f}")

@@ -1,4 +1,4 @@
-"""An image among a call's tokens, convolutions written out, and how methods that act on one are held against loops."""
+"""What tests of methods that act on an image share: calls with one among the tokens, and loops to hold them against."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from heedful import attach, models
 from heedful.authoring import Mask, Method
 from heedful.conformance.bare import Bare, Shape, parameters
 from heedful.conformance.tolerances import close
@@ -102,3 +103,11 @@ def agree(
     for one, other in zip(*(torch.autograd.grad(loss, leaves) for loss in losses), strict=True):
         assert bool(other.any())
         assert close(one, other)
+
+
+def learns_of_an_image(method: Method) -> None:
+    """All that a method has to learn is moved, in each layer of a small image model."""
+    model = models.tiny("vit", image_size=16)
+    with attach(model, method) as run:
+        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
+        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())

@@ -31,9 +31,9 @@ PADDED = torch.arange(19)[None] >= torch.tensor([[0], [5]])
 LONG = torch.arange(150)[None] >= torch.tensor([[0], [5]])  # rows and blocks of which methods read a few at a time
 TEXTS = pytest.mark.parametrize("text", [None, PADDED, LONG], ids=["plain", "padded", "long"])
 SETTINGS: dict[str, dict[str, Any]] = {
-    "SpargeAttn": dict(tau=0.5, alike=-1.0),
-    "FlexPrefill": dict(gamma=0.4, least=0),
-    "SampleAttention": dict(alpha=0.3, rows=0.1, window=0.0),
+    "SpargeAttn": dict(mass=0.5, alike=-1.0),
+    "FlexPrefill": dict(mass=0.4, least=0),
+    "SampleAttention": dict(mass=0.3, rows=0.1, window=0.0),
     "QAdA": dict(share=0.25, window=4, sinks=1),
 }
 

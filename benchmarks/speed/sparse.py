@@ -47,14 +47,14 @@ METHODS: dict[str, Method] = {
     "sinks and window of 1024": SinkWindow(4, 1024),
     "sinks and window of 1536": SinkWindow(4, 1536),
     "SpargeAttn, authors' thresholds": SpargeAttn(),
-    "SpargeAttn, tau 0.99, no guard": SpargeAttn(0.99, -1.0),
-    "SpargeAttn, tau 0.98, no guard": SpargeAttn(0.98, -1.0),
-    "SpargeAttn, tau 0.9, alike 0.3": SpargeAttn(0.9, 0.3),
-    "SpargeAttn, tau 0.9, no guard": SpargeAttn(0.9, -1.0),
-    "FlexPrefill, gamma 0.95": FlexPrefill(),
-    "FlexPrefill, gamma 0.9": FlexPrefill(0.9, least=256),
-    "SampleAttention, alpha 0.95": SampleAttention(),
-    "SampleAttention, alpha 0.8": SampleAttention(0.8, 0.02),
+    "SpargeAttn, mass 0.99, no guard": SpargeAttn(0.99, -1.0),
+    "SpargeAttn, mass 0.98, no guard": SpargeAttn(0.98, -1.0),
+    "SpargeAttn, mass 0.9, alike 0.3": SpargeAttn(0.9, 0.3),
+    "SpargeAttn, mass 0.9, no guard": SpargeAttn(0.9, -1.0),
+    "FlexPrefill, mass 0.95": FlexPrefill(),
+    "FlexPrefill, mass 0.9": FlexPrefill(0.9, least=256),
+    "SampleAttention, mass 0.95": SampleAttention(),
+    "SampleAttention, mass 0.8": SampleAttention(0.8, 0.02),
     "QAdA, share 0.9": QAdA(),
     "QAdA, share 0.7": QAdA(0.7),
     "HyLRA, a quarter": HyLRA(),
@@ -62,9 +62,9 @@ METHODS: dict[str, Method] = {
 LAYERS = (*range(8, 12), *range(20, 24))  # two whole cycles of HyLRA, in the middle and near the end
 SHARES = (0.1, 0.25, 0.5)
 CHOSEN = (
-    "The window of 1536 (+0.56 %) and SpargeAttn's tau of 0.98 without its guard (+0.65 %) were chosen by a loss that "
+    "The window of 1536 (+0.56 %) and SpargeAttn's mass of 0.98 without its guard (+0.65 %) were chosen by a loss that "
     "rises by less than 1 % on 8192 tokens of docstrings of Python's standard library, not on this record's text. Tau "
-    "0.99 is the next step, added after tau 0.98 was seen to cost 1.5 % on this record's text."
+    "0.99 is the next step, added after mass 0.98 was seen to cost 1.5 % on this record's text."
 )
 
 

@@ -15,6 +15,9 @@ def test_a_seed_stands_for_a_fit_and_without_either_the_fit_is_named() -> None:
     missing = r"vectors = None: must be fitted with heedful.fit\(\), or seed be given.*heedful.fit\(LearnableTaskVector"
     with pytest.raises(FieldError, match=missing):
         seed_of(LearnableTaskVector(), "vectors")
+    told = r"to shots, or seed be given; for example vectors=heedful.fit\(LearnableTaskVector\(\), model, \[\]\)$"
+    with pytest.raises(FieldError, match=told):
+        seed_of(LearnableTaskVector(), "vectors", "to shots", "[]")
 
 
 def test_each_layer_and_seed_draws_its_own() -> None:

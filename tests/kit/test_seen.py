@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 
 from heedful.conformance.bare import Bare
-from heedful.kit.seen import how_many, only_seen
+from heedful.conformance.tolerances import close
+from heedful.kit.seen import how_many, only_seen, softmax_over
 
 TILE = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 KEEP = torch.rand(2, 1, 4, 5, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -30,3 +32,14 @@ def test_what_is_not_seen_is_zero() -> None:
     assert only_seen(given, replace(call, keep=None)) is given
     assert only_seen(given, call, into=True) is given
     assert torch.equal(given, TILE * KEEP)
+
+
+def test_weights_are_of_what_is_kept() -> None:
+    keep = KEEP.clone()
+    keep[1, :, 2] = False
+    found = softmax_over(TILE, keep)
+    for text, head, row in torch.cartesian_prod(*map(torch.arange, TILE.shape[:3])).tolist():
+        kept = keep[text, 0, row]
+        raised = [math.exp(x) if stays else 0.0 for x, stays in zip(TILE[text, head, row].tolist(), kept, strict=True)]
+        assert close(found[text, head, row], torch.tensor(raised, dtype=TILE.dtype) / max(sum(raised), 1e-9))
+    assert torch.equal(softmax_over(TILE, None), TILE.softmax(-1))

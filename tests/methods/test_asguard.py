@@ -135,7 +135,7 @@ def test_errors() -> None:
     ):
         with pytest.raises(FieldError, match=match):
             ASGuard(**settings)  # type: ignore[arg-type]
-    with pytest.raises(FieldError, match="are not there yet: fit to attacks"), attach(model, ASGuard()) as run:
+    with pytest.raises(FieldError, match="to attacks with labels, or seed be given"), attach(model, ASGuard()) as run:
         run(**inputs)
     for wrong in (Fitted({"s.2": torch.ones(4, 8)}), Fitted({"s.0": torch.ones(4, 9)})):
         with pytest.raises(FieldError, match="fitted to another model"), attach(model, ASGuard(scales=wrong)) as run:

@@ -155,7 +155,7 @@ def test_without_a_fit_and_what_cannot_be() -> None:
         )
         assert close_model(run.loss(), (wanted / 6).float())
     with (
-        pytest.raises(FieldError, match="are not there yet: fit to the pictures, or give seed"),
+        pytest.raises(FieldError, match=r"must be fitted with heedful.fit\(\) to the pictures, or seed be given"),
         attach(model, AttenCraft(), roles=roles, inputs=given) as run,
     ):
         run(**given)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
 from heedful.authoring import Causal, Layer, Mask
 from heedful.core.errors import FieldError, SiteError
 from heedful.methods import AttentionInAttention
-from tests.images_by_hand import Image, agree, convolved, image_call, image_of, mean_of, tokens_of
+from tests.images_by_hand import Image, agree, convolved, image_call, image_of, learns_of_an_image, mean_of, tokens_of
 
 E = 4
 
@@ -46,10 +45,7 @@ def test_two_branches_mixed_by_the_image(
 
 
 def test_an_image_model_is_served_and_learns() -> None:
-    model = models.tiny("vit", image_size=16)
-    with attach(model, AttentionInAttention.example()) as run:
-        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
-        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())
+    learns_of_an_image(AttentionInAttention.example())
 
 
 def test_what_it_starts_with() -> None:

@@ -143,7 +143,10 @@ def test_errors() -> None:
         AUSteer(count=0)
     with pytest.raises(FieldError, match=r"AUSteer.strength = -inf: must be finite"):
         AUSteer(strength=-float("inf"))
-    with pytest.raises(FieldError, match="are not there yet: fit to texts"), attach(model, AUSteer()) as run:
+    with (
+        pytest.raises(FieldError, match="to texts with and without the trait, or seed"),
+        attach(model, AUSteer()) as run,
+    ):
         run(**inputs)
     for wrong in (_momenta(layers=1), _momenta(heads=3)):
         with (

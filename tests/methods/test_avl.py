@@ -135,14 +135,14 @@ def test_texts_have_images_of_their_own(model: Any) -> None:
 @pytest.mark.filterwarnings("ignore:this run changed nothing")
 def test_the_rest_is_dropped_for_good(model: Any) -> None:
     ids = torch.randint(3, 127, (1, 15), generator=torch.Generator().manual_seed(0))
-    with heedful.attach(model, AVL(kept=0.3, core=0.1), roles={"image": SPANS}) as run:
+    with heedful.attach(model, AVL(share=0.3, core=0.1), roles={"image": SPANS}) as run:
         cache = run(input_ids=ids, use_cache=True)[CACHE]
         assert [list(layer.counts) for layer in cache.layers] == [[5 + 3] * 2] * 2
 
 
 def test_defaults_and_wrong_fields(model: Any) -> None:
-    assert (AVL().kept, AVL().core, AVL().every, AVL(every=1).every) == (0.5, 0.3, 3, 1)
-    for name, wrong in (("kept", 0.0), ("kept", 1.1), ("core", 0.0), ("core", 1.1), ("every", 0)):
+    assert (AVL().share, AVL().core, AVL().every, AVL(every=1).every) == (0.5, 0.3, 3, 1)
+    for name, wrong in (("share", 0.0), ("share", 1.1), ("core", 0.0), ("core", 1.1), ("every", 0)):
         with pytest.raises(FieldError, match=rf"AVL\.{name} = "):
             AVL(**{name: wrong})
     idle = pytest.warns(InactiveWarning, match="which was idle")

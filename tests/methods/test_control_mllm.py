@@ -188,7 +188,10 @@ def test_a_latent_belongs_to_one_prompt() -> None:
         fit(ControlMLLM(), model, [{"input_ids": ids, "roles": ROLES}] * 2)
     with pytest.raises(FieldError, match="must be one prompt"):
         fit(ControlMLLM(), model, [{"input_ids": ids, "roles": {"image": ((0, 4),)}}])
-    with attach(model, ControlMLLM(), roles=ROLES) as run, pytest.raises(FieldError, match="must be fitted to the"):
+    with (
+        attach(model, ControlMLLM(), roles=ROLES) as run,
+        pytest.raises(FieldError, match="to the prompt, or seed be given"),
+    ):
         run(input_ids=ids)
     other = ControlMLLM(latent=Fitted({"latent": torch.ones(3, 32)}))
     with attach(model, other, roles=ROLES) as run, pytest.raises(FieldError, match=r"\[n e\] is \[7, 32\] here"):

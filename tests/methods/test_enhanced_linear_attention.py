@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
 from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape, parameters
 from heedful.conformance.tolerances import close
@@ -17,6 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.core.mask import Causal, Mask
 from heedful.core.regions import Region
 from heedful.methods import EnhancedLinearAttention
+from tests.images_by_hand import learns_of_an_image
 from tests.methods.linear import Text, agrees
 
 
@@ -102,10 +102,7 @@ def test_patches_get_what_two_convolutions_make_of_them(
 
 
 def test_an_image_model_is_served_and_learns() -> None:
-    model = models.tiny("vit", image_size=16)
-    with attach(model, EnhancedLinearAttention.example()) as run:
-        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
-        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())
+    learns_of_an_image(EnhancedLinearAttention.example())
 
 
 def test_the_start() -> None:

@@ -18,6 +18,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask
 from heedful.core.regions import Region
 from heedful.methods import FFNifiedAttention
+from tests.images_by_hand import learns_of_an_image
 
 E = 6
 
@@ -79,10 +80,7 @@ def test_two_convolutions_and_a_gelu(grid: tuple[int, int], before: int, after: 
 
 
 def test_an_image_model_is_served_and_learns() -> None:
-    model = models.tiny("vit", image_size=16)
-    with attach(model, FFNifiedAttention.example()) as run:
-        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
-        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())
+    learns_of_an_image(FFNifiedAttention.example())
 
 
 def test_what_it_starts_with() -> None:

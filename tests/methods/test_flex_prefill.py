@@ -152,7 +152,7 @@ def test_distances_are_counted_behind_the_row() -> None:
             assert close(found[text, :, t], torch.as_tensor(wanted).expand(3)), (text, t)
 
 
-@pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"tau": 1.1}, {"least": -1}])
+@pytest.mark.parametrize("settings", [{"mass": 0.0}, {"tau": 1.1}, {"least": -1}])
 def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(FieldError, match=f"FlexPrefill.{next(iter(settings))}"):
         FlexPrefill(**settings)  # type: ignore[arg-type]

@@ -89,8 +89,8 @@ def test_a_fit_raises_the_mass_and_leaves_the_model_alone() -> None:
     model = models.tiny("llama")
     batches = [{**models.tiny_inputs(model, seed=i), "roles": ROLES} for i in range(3)]
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    method = fit(FocusDirections(alpha=1.0, heads=2, epochs=5, rate=0.1), model, batches)
-    assert method == fit(FocusDirections(alpha=1.0, heads=2, epochs=5, rate=0.1), model, batches)
+    method = fit(FocusDirections(alpha=1.0, count=2, epochs=5, rate=0.1), model, batches)
+    assert method == fit(FocusDirections(alpha=1.0, count=2, epochs=5, rate=0.1), model, batches)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert method.directions is not None
     chosen = [(int(n[2:]), i) for n, d in method.directions.items() if n[0] == "q" for i in range(4) if d[i].any()]
@@ -132,7 +132,7 @@ def test_each_layers_first_step_goes_down_minus_the_mass(
     plain = masses(-1)
     chosen = sorted(plain, key=lambda at: -float(plain[at].detach()))[:5]
     roles = ROLES if response is None else {**ROLES, "response": (response,)}
-    method = fit(FocusDirections(heads=5, epochs=1, rate=0.01), model, [{"input_ids": ids, "roles": roles}])
+    method = fit(FocusDirections(count=5, epochs=1, rate=0.01), model, [{"input_ids": ids, "roles": roles}])
     layers = list(dict.fromkeys(layer for layer, _ in chosen))  # each learns once, the layer of the best head first
     assert method.directions is not None
     assert set(method.directions) == {f"q.{layer}" for layer in layers}
@@ -190,7 +190,7 @@ def test_errors_say_what_to_do() -> None:
     ("settings", "match"),
     [
         ({"alpha": float("nan")}, r"FocusDirections\.alpha"),
-        ({"heads": 0}, r"FocusDirections\.heads = 0"),
+        ({"count": 0}, r"FocusDirections\.count = 0"),
         ({"epochs": 0}, r"FocusDirections\.epochs = 0"),
         ({"rate": 0.0}, r"FocusDirections\.rate"),
     ],

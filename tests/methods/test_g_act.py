@@ -147,7 +147,7 @@ def test_errors() -> None:
         with pytest.raises(FieldError, match=f"{next(iter(bad))}"):
             GACT(**bad)
     assert GACT(clusters=1, steps=1).clusters == 1
-    with pytest.raises(FieldError, match="not there yet"), attach(model, GACT()) as run:
+    with pytest.raises(FieldError, match="to texts with and without the trait"), attach(model, GACT()) as run:
         run(**inputs)
     for wrong in (fitted(1), fitted(2, 16), Fitted({"d.0": torch.randn(2, 32), "w.0": torch.randn(2, 32)})):
         with pytest.raises(FieldError, match="fit to this model"), attach(model, GACT(found=wrong)) as run:

@@ -67,7 +67,7 @@ def by_hand(model: Any, pixels: Tensor, method: GEM, scales: list[Tensor]) -> Te
             heat = method.temperature or float(sum(row.norm() for row in x) / len(x)) * d**-0.5
             mixed = []
             for h in range(HEADS):
-                maps = [alike(split[name][h], heat, method.iterations) for name in method.of]
+                maps = [alike(split[name][h], heat, method.rounds) for name in method.of]
                 mixed.append(sum(m @ split["value"][h] for m in maps) / len(maps))
             path = path + scales[i] * attention.o_proj(torch.cat(mixed, -1))
         out.append(path)
@@ -96,10 +96,10 @@ def dino(**sizes: Any) -> Any:
     "method",
     [
         GEM(last=1),
-        GEM(last=2, iterations=0),
-        GEM(last=3, iterations=2),
+        GEM(last=2, rounds=0),
+        GEM(last=3, rounds=2),
         GEM(last=9, temperature=3.0),
-        GEM(last=2, of=("value",), iterations=3),
+        GEM(last=2, of=("value",), rounds=3),
         GEM(last=1, of=("key", "query")),
     ],
 )
@@ -155,14 +155,14 @@ def test_random_projections_are_the_seeds_own() -> None:
         assert torch.equal(maps, wanted)
         assert bias.tolist() == [0.0] * 12
     assert GEM.example() == GEM(last=1, seed=0)
-    assert (GEM().last, GEM().iterations, GEM().temperature, GEM().of) == (6, 1, None, ("query", "key", "value"))
+    assert (GEM().last, GEM().rounds, GEM().temperature, GEM().of) == (6, 1, None, ("query", "key", "value"))
 
 
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
         ({"last": 0}, r"last = 0: must be 1 or more"),
-        ({"iterations": -1}, r"iterations = -1: must be 0 or more"),
+        ({"rounds": -1}, r"rounds = -1: must be 0 or more"),
         ({"temperature": 0.0}, r"temperature = 0\.0: must be finite and above 0"),
         ({"temperature": float("inf")}, r"temperature"),
         ({"of": ()}, r"of = \(\): must be one or more of query, key, value, each once"),
@@ -179,7 +179,7 @@ def test_what_was_not_fitted_is_refused() -> None:
     vit = models.tiny("vit")
     inputs = models.tiny_inputs(vit)
     for method, match in (
-        (GEM(last=1), r"maps = None: must be copied with heedful.fit"),
+        (GEM(last=1), r"maps = None: must be fitted with heedful.fit"),
         (fit(GEM(last=1), dino(hidden_size=64), ()), r"were fitted to another model, or fewer layers: \[e, 4, 8\]"),
     ):
         with pytest.raises(FieldError, match=match), heedful.attach(vit, method) as run:

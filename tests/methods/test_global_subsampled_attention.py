@@ -17,6 +17,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask
 from heedful.core.regions import Region
 from heedful.methods import GeneralizedNeighborhoodAttention, GlobalSubsampledAttention
+from tests.images_by_hand import learns_of_an_image
 
 BEFORE = 2  # tokens before the patches
 
@@ -111,10 +112,7 @@ def test_summaries_reach_everywhere_in_one_layer_and_windows_do_not() -> None:
 
 
 def test_an_image_model_is_served_and_learns() -> None:
-    model = models.tiny("vit", image_size=16)
-    with attach(model, GlobalSubsampledAttention.example()) as run:
-        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
-        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())
+    learns_of_an_image(GlobalSubsampledAttention.example())
 
 
 def test_the_start() -> None:

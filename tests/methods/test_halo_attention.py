@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
 from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.regions import Region
 from heedful.methods import GeneralizedNeighborhoodAttention, HaloAttention
+from tests.images_by_hand import learns_of_an_image
 
 BEFORE = 2  # tokens before the patches
 CASES = [((4, 6), 2, 1), ((4, 6), 2, 0), ((5, 7), 3, 2), ((3, 4), 1, 1), ((4, 4), 8, 3)]
@@ -106,10 +106,7 @@ def test_only_columns_of_the_window_are_computed() -> None:
 
 
 def test_an_image_model_is_served_and_learns() -> None:
-    model = models.tiny("vit", image_size=16)
-    with attach(model, HaloAttention.example()) as run:
-        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
-        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())
+    learns_of_an_image(HaloAttention.example())
 
 
 def test_the_start() -> None:

@@ -109,7 +109,7 @@ def test_without_a_fit() -> None:
     draw = torch.Generator().manual_seed(3 * 1_000_003 + 1)
     wanted = torch.randn(2, 4, N, N, generator=draw).softmax(-1).double()
     assert close(found.align(maps(0), call(1, 0)), by_hand(maps(0), wanted) / 2)
-    with pytest.raises(FieldError, match=r"HASTE\.maps = None: are not there yet: fit with the teacher, or give seed"):
+    with pytest.raises(FieldError, match=r"HASTE\.maps = None: must be fitted with heedful.fit\(\) to the teacher"):
         HASTE(layers=(0,)).align(maps(0), call(0, 0))
 
 

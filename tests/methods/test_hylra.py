@@ -93,7 +93,7 @@ def test_a_fit_finds_the_layers_that_lose_least() -> None:
         fit(HyLRA(), model, [])
 
 
-@pytest.mark.parametrize("settings", [{"keep": 0.0}, {"whole": 0.0}, {"full": (-1,)}])
+@pytest.mark.parametrize("settings", [{"share": 0.0}, {"whole": 0.0}, {"full": (-1,)}])
 def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(FieldError, match=f"HyLRA.{next(iter(settings))}"):
         HyLRA(**settings)  # type: ignore[arg-type]

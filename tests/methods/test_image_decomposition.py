@@ -180,7 +180,7 @@ def test_errors() -> None:
     vit = models.tiny("vit")
     inputs = models.tiny_inputs(vit)
     other = fit(ImageDecomposition(), models.tiny("vit", num_attention_heads=2), ())
-    for method, match in ((ImageDecomposition(), "must be copied with heedful.fit"), (other, "were fitted to another")):
+    for method, match in ((ImageDecomposition(), "must be fitted with heedful.fit"), (other, "were fitted to another")):
         with pytest.raises(FieldError, match=match), attach(vit, method) as run:
             run(**inputs)
 

@@ -87,6 +87,6 @@ def test_it_joins_the_loss_and_training_hides_the_tokens() -> None:
 def test_says_what_is_wrong() -> None:
     assert Impermissible() == Impermissible(1.0, "impermissible", "")
     assert Impermissible.neutral() == Impermissible(0.0)
-    for wrong in ({"coefficient": -0.1}, {"coefficient": math.inf}, {"role": ""}):
+    for wrong in ({"weight": -0.1}, {"weight": math.inf}, {"role": ""}):
         with pytest.raises(FieldError, match=rf"Impermissible\.{next(iter(wrong))} = "):
             Impermissible(**wrong)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
 from heedful.authoring import Layer, Mask
 from heedful.conformance.bare import Bare, Shape, parameters
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.methods import KolmogorovArnoldAttention
+from tests.images_by_hand import learns_of_an_image
 
 TOKENS, HEADS = 5, 2
 
@@ -74,10 +74,7 @@ def test_a_tile_has_the_waves_of_its_columns_and_what_is_hidden_has_none() -> No
 
 
 def test_an_image_model_is_served_and_learns() -> None:
-    model = models.tiny("vit", image_size=16)
-    with attach(model, KolmogorovArnoldAttention.example()) as run:
-        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
-        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())
+    learns_of_an_image(KolmogorovArnoldAttention.example())
 
 
 def test_what_it_starts_with() -> None:

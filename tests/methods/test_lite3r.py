@@ -85,7 +85,7 @@ def test_a_fit_finds_the_map_that_brings_heads_nearest() -> None:
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     found = fit(Lite3R(0.3), model, [{"input_ids": ids, "attention_mask": mask, "position_ids": places}] * 2)
     assert found.maps is not None
-    assert found.keep == 0.3
+    assert found.share == 0.3
     d, depth = model.config.head_dim, model.config.num_hidden_layers
     gram, cross = torch.zeros(depth, d, d, dtype=torch.float64), torch.zeros(depth, d, d, dtype=torch.float64)
 
@@ -137,7 +137,7 @@ def test_what_cannot_be() -> None:
     assert Lite3R() == Lite3R(0.3, 1e-3, None)
     assert Lite3R.neutral() == Lite3R(1.0, 0.0)
     assert Lite3R.example() == Lite3R(0.3, 0.5)
-    for field, value in (("keep", 0.0), ("keep", 1.1), ("start", -0.1), ("start", math.inf)):
+    for field, value in (("share", 0.0), ("share", 1.1), ("start", -0.1), ("start", math.inf)):
         with pytest.raises(FieldError, match=rf"Lite3R\.{field} = {value}"):
             Lite3R(**{field: value})
     with pytest.raises(FieldError, match=r"Lite3R\.batches = 0: must be 1 or more"):
@@ -148,4 +148,4 @@ def test_what_cannot_be() -> None:
             Lite3R(maps=maps).parameters(layer)
     with pytest.raises(SiteError, match="layer 0: queries, keys and values are known from MASK on"):
         linear(Bare().call)
-    assert _Lost(0.3).keep == 0.3
+    assert _Lost(0.3).share == 0.3

@@ -162,7 +162,7 @@ def test_errors() -> None:
         with pytest.raises(FieldError, match=match):
             LoFiT(**settings)  # type: ignore[arg-type]
     with (
-        pytest.raises(FieldError, match="are not there yet: fit to batches with labels"),
+        pytest.raises(FieldError, match="to batches with labels, or seed be given"),
         attach(model, LoFiT()) as run,
     ):
         run(**inputs)

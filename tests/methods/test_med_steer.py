@@ -185,7 +185,7 @@ def test_errors() -> None:
     for strength in (-1.0, float("inf")):
         with pytest.raises(FieldError, match=r"MedSteer.strength = .*: must be 0 or more and finite"):
             MedSteer(strength)
-    with pytest.raises(FieldError, match="are not there yet: fit to forwards"), attach(model, MedSteer()) as run:
+    with pytest.raises(FieldError, match="to forwards with and without the concept"), attach(model, MedSteer()) as run:
         run(**inputs)
     for vectors in (_vectors(layers=(0,)), _vectors(width=31)):
         wrong = MedSteer(1.0, vectors)

@@ -105,9 +105,9 @@ def test_a_fit_takes_the_best_heads_of_every_task() -> None:
         {"input_ids": inputs[i : i + 1], "target": torch.tensor([t]), "roles": roles, "task": f"task {i}"}
         for i, t in ((0, 5), (1, 9))
     ]
-    assert fit(PASTA(keep=4), model, batches[:1]).heads == tuple(sorted(best[0]))
-    assert fit(PASTA(keep=4), model, batches).heads == tuple(sorted(best[0] & best[1]))
-    within = fit(PASTA(keep=2, layers=(1,)), model, batches[:1]).heads
+    assert fit(PASTA(count=4), model, batches[:1]).heads == tuple(sorted(best[0]))
+    assert fit(PASTA(count=4), model, batches).heads == tuple(sorted(best[0] & best[1]))
+    within = fit(PASTA(count=2, layers=(1,)), model, batches[:1]).heads
     assert {layer for layer, _ in within} == {1}
     with pytest.raises(FieldError, match='roles naming "marked"'):
         fit(PASTA(), model, [{"input_ids": inputs}])
@@ -117,7 +117,7 @@ def test_a_fit_takes_the_best_heads_of_every_task() -> None:
     ("settings", "match"),
     [
         ({"alpha": 0.0}, r"PASTA\.alpha = 0\.0: must lie from 1e-30"),
-        ({"keep": 0}, r"PASTA\.keep"),
+        ({"count": 0}, r"PASTA\.count"),
         ({"role": ""}, r"PASTA\.role"),
         ({"heads": ((0, -1),)}, r"PASTA\.heads = .*pairs of layer and head"),
     ],

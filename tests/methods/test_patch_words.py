@@ -69,7 +69,7 @@ def test_self_attention_is_left_alone() -> None:
 def test_errors() -> None:
     model, given = Painter(), inputs(3)
     with (
-        pytest.raises(FieldError, match=r"PatchWords.words = None: are not there yet"),
+        pytest.raises(FieldError, match=r"PatchWords.words = None: must be fitted with heedful.fit\(\) to a forward"),
         attach(model, PatchWords(), inputs=given) as run,
     ):
         run(**given)

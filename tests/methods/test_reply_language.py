@@ -155,7 +155,7 @@ def test_errors() -> None:
     with pytest.raises(FieldError, match=r"ReplyLanguage.strength = inf: must be finite"):
         ReplyLanguage(float("inf"))
     with (
-        pytest.raises(FieldError, match=r"fit to texts.*heedful.fit\(ReplyLanguage"),
+        pytest.raises(FieldError, match=r"to texts with and without the trait.*heedful.fit\(ReplyLanguage"),
         attach(model, ReplyLanguage()) as run,
     ):
         run(**inputs)

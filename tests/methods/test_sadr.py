@@ -165,7 +165,7 @@ def test_errors() -> None:
         SADR(weight=-1.0)
     with pytest.raises(FieldError, match="must name a role"):
         SADR(role="")
-    asked = pytest.raises(FieldError, match="is not there yet: fit to the prompts")
+    asked = pytest.raises(FieldError, match="to the prompts before the edit, or seed")
     with asked, attach(model, SADR(), roles=roles) as run:
         run(**inputs)
     method = fit(SADR(), model, [{**inputs, "roles": roles}])

@@ -54,7 +54,7 @@ def test_a_later_call_sees_the_cache() -> None:
         assert torch.equal(rule.table[0, h], _by_loops(weights, 16, 0.4, 2, 0.4)), h
 
 
-@pytest.mark.parametrize("settings", [{"alpha": 0.0}, {"rows": 0.0}, {"window": -0.1}])
+@pytest.mark.parametrize("settings", [{"mass": 0.0}, {"rows": 0.0}, {"window": -0.1}])
 def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(FieldError, match=f"SampleAttention.{next(iter(settings))}"):
         SampleAttention(**settings)

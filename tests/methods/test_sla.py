@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
 from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
@@ -17,6 +16,7 @@ from heedful.core.mask import Causal, Mask, Padding
 from heedful.core.positions import Positions
 from heedful.methods import SLA
 from heedful.methods.sparse.prefill._pooled import Pooled
+from tests.images_by_hand import learns_of_an_image
 
 CASES = [(18, 4, 1, 1), (16, 4, 1, 2), (19, 2, 3, 0), (7, 8, 1, 0), (12, 3, 2, 2)]  # tokens, size, exact, skipped
 
@@ -92,10 +92,7 @@ def test_it_begins_as_the_exact_blocks_alone_and_learns() -> None:
     assert {name: tuple(x.shape) for name, x in found.items()} == {"map": (6, 6), "bias": (6,)}
     assert not any(bool(x.any()) for x in found.values())
     assert torch.equal(SLA(start=0.5).parameters(layer)["map"], torch.eye(6) / 2)
-    model = models.tiny("vit", image_size=16)
-    with attach(model, SLA.example()) as run:
-        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
-        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())
+    learns_of_an_image(SLA.example())
 
 
 def test_skipped_columns_are_not_computed() -> None:

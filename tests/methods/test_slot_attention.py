@@ -89,8 +89,8 @@ def test_an_image_model_is_served_and_learns() -> None:
 
 def test_the_start() -> None:
     layer = Layer(0, 4, 4, 64, 64, 256)
-    first, again = SlotAttention(inner=64).parameters(layer), SlotAttention(inner=64).parameters(layer)
-    other = SlotAttention(inner=64).parameters(replace(layer, number=1))
+    first, again = SlotAttention(units=64).parameters(layer), SlotAttention(units=64).parameters(layer)
+    other = SlotAttention(units=64).parameters(replace(layer, number=1))
     e = 256
     assert {name: tuple(x.shape) for name, x in first.items()} == {
         **dict.fromkeys(("query", "key", "value", "out"), (e, e)),
@@ -114,7 +114,7 @@ def test_the_start() -> None:
 
 
 def test_errors() -> None:
-    for name in ("slots", "rounds", "inner"):
+    for name in ("slots", "rounds", "units"):
         with pytest.raises(FieldError, match=rf"SlotAttention\.{name} = 0: must be 1 or more"):
             SlotAttention(**{name: 0})
     assert SlotAttention() == SlotAttention(7, 3, 128)

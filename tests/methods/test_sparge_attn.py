@@ -63,7 +63,7 @@ def test_a_group_of_heads_is_not_one_head() -> None:
     assert not torch.equal(table[:, 0], table[:, 1])
 
 
-@pytest.mark.parametrize("settings", [{"tau": 0.0}, {"tau": 1.1}, {"alike": 2.0}])
+@pytest.mark.parametrize("settings", [{"mass": 0.0}, {"mass": 1.1}, {"alike": 2.0}])
 def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(FieldError, match=f"SpargeAttn.{next(iter(settings))}"):
         SpargeAttn(**settings)

@@ -132,7 +132,7 @@ def test_errors() -> None:
         Steer2Edit(rho=0)
     with pytest.raises(FieldError, match=r"Steer2Edit.alpha = 1.0: must be at least 0 and below 1"):
         Steer2Edit(alpha=1.0)
-    with pytest.raises(FieldError, match="fit to texts with and without the trait"):
+    with pytest.raises(FieldError, match="to texts with and without the trait, or seed be given"):
         operate(model, Steer2Edit())
     with pytest.raises(FieldError, match=r"need \[e\] = \[32\] and \[h d\] = \[4, 8\] in layer 0: fit to this model"):
         operate(model, Steer2Edit(vectors=_vectors()))

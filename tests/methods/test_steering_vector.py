@@ -90,7 +90,7 @@ def test_errors() -> None:
     inputs = models.tiny_inputs(model)
     with pytest.raises(FieldError, match=r"SteeringVector.strength = inf: must be finite"):
         SteeringVector(float("inf"))
-    with pytest.raises(FieldError, match="are not there yet: fit to texts"), attach(model, SteeringVector()) as run:
+    with pytest.raises(FieldError, match="to texts with and without the trait"), attach(model, SteeringVector()) as run:
         run(**inputs)
     for wrong in (_vectors(layers=1), _vectors(width=31)):
         with pytest.raises(FieldError, match="fit to this model"), attach(model, SteeringVector(1.0, wrong)) as run:

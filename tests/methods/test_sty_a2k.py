@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
 from heedful.authoring import Causal, FieldError, Layer, Mask, Region, SiteError
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.methods import StyA2K
 from heedful.nn import Attention
+from tests.images_by_hand import learns_of_an_image
 
 BEFORE = 1  # tokens before the patches; one comes after them
 Place = tuple[int, int]
@@ -119,10 +119,7 @@ def test_where_patches_lie_on_no_grid_softmax_stays() -> None:
 
 
 def test_in_a_model_it_learns_what_is_alike() -> None:
-    model = models.tiny("vit", image_size=16)
-    with attach(model, StyA2K.example()) as run:
-        run(**models.tiny_inputs(model), output_hidden_states=True).hidden_states[-1].square().sum().backward()
-        assert all(p.grad is not None and bool(p.grad.any()) for p in run.parameters())
+    learns_of_an_image(StyA2K.example())
 
 
 def test_what_cannot_be() -> None:

@@ -109,7 +109,7 @@ def test_what_a_map_tells() -> None:
 
 
 def test_defaults_and_wrong_fields() -> None:
-    assert (TAG().heads, TAG().asked, TAG().role, TAG(1).heads) == (10, "question", "image", 1)
-    for name, wrong in (("heads", 0), ("asked", ""), ("role", "")):
+    assert (TAG().count, TAG().asked, TAG().role, TAG(1).count) == (10, "question", "image", 1)
+    for name, wrong in (("count", 0), ("asked", ""), ("role", "")):
         with pytest.raises(FieldError, match=rf"TAG\.{name} = "):
             TAG(**{name: wrong})

@@ -127,11 +127,11 @@ def test_tokens_are_pooled_before_the_fourth_the_seventh_and_the_tenth_layer() -
         hook.remove()
     left = [1 + 16, 1 + 11, 1 + 7, 1 + 4]  # 70 % each time
     assert counts == [n for n in left for _ in range(3)]
-    assert TokenPooling().steps == 3
+    assert TokenPooling().rounds == 3
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("layers", ()), ("layers", (-1, 2)), ("share", 0.0), ("share", 1.1), ("steps", -1)]
+    ("field", "value"), [("layers", ()), ("layers", (-1, 2)), ("share", 0.0), ("share", 1.1), ("rounds", -1)]
 )
 def test_bad_fields(field: str, value: Any) -> None:
     with pytest.raises(FieldError, match=field):

@@ -53,16 +53,16 @@ def _by_loops(pattern: Tensor, m: VAR) -> Tensor:
         portion = sum(float(a[j]) for j in range(*SPAN) if j in SINKS[b]) / span
         if portion > m.rho or span < m.least:
             continue
-        budget = sum(float(a[j]) * (1 - m.p) for j in SINKS[b])
+        budget = sum(float(a[j]) * (1 - m.beta) for j in SINKS[b])
         free = [j for j in range(*SPAN) if j not in SINKS[b]]
         for j in SINKS[b]:
-            out[b, h, i, j] = m.p * a[j]
+            out[b, h, i, j] = m.beta * a[j]
         for j in free:
             out[b, h, i, j] = a[j] + budget * a[j] / a[free].sum()
     return out
 
 
-@pytest.mark.parametrize("method", [VAR(tau=5.0), VAR(tau=5.0, rho=0.9, least=0.4, p=0.1), VAR(tau=5.0, dims=(7,))])
+@pytest.mark.parametrize("method", [VAR(tau=5.0), VAR(tau=5.0, rho=0.9, least=0.4, beta=0.1), VAR(tau=5.0, dims=(7,))])
 def test_the_formula(method: VAR) -> None:
     state = State()
     method.find_sinks(_stream(), _call(1, state=state))
@@ -183,7 +183,7 @@ def test_padding_counts_for_nothing(side: str) -> None:
     ("settings", "match"),
     [
         ({"tau": 0.0}, r"VAR\.tau"),
-        ({"p": 1.5}, r"VAR\.p = 1\.5: must lie from 0 to 1"),
+        ({"beta": 1.5}, r"VAR\.beta = 1\.5: must lie from 0 to 1"),
         ({"least": -1.0}, r"VAR\.least"),
         ({"dims": ()}, r"VAR\.dims"),
         ({"role": ""}, r"VAR\.role"),
@@ -195,7 +195,7 @@ def test_wrong_fields_are_refused(settings: dict[str, Any], match: str) -> None:
 
 
 def test_it_is_idle_where_sinks_keep_all() -> None:
-    assert [VAR(p=p).idle(_call(1)) for p in (0.0, 0.6, 1.0)] == [False, False, True]
+    assert [VAR(beta=p).idle(_call(1)) for p in (0.0, 0.6, 1.0)] == [False, False, True]
 
 
 def test_empty_columns_behind_the_text_are_no_sinks() -> None:

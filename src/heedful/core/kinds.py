@@ -15,7 +15,7 @@ from torch import Tensor
 
 from heedful.core.asked import require_fields
 from heedful.core.call import NO_ROLES
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Description
 from heedful.core.fitted import Fitted
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack, as_stack
@@ -237,6 +237,13 @@ class Weights(CatalogueEntry, abstract=True):
     kind = "weights"
     handed_to = "heedful.fit()"
     fitted: Fitted | None = field(default=None, kw_only=True)
+
+    @property
+    def found(self) -> Fitted:
+        """What was fitted; refused where nothing was."""
+        if self.fitted is None:
+            raise StatisticError(f"{self!r} has seen no weights: heedful.fit({type(self).__name__}(), model, ())")
+        return self.fitted
 
     @abstractmethod
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]] = ()) -> Self:

@@ -16,6 +16,7 @@ from heedful.core.key_ranges import counts
 from heedful.core.mask import Blocks, Mask
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
+from heedful.kit.seen import softmax_over
 
 
 def cover(weight: Tensor, mass: float) -> Tensor:
@@ -155,9 +156,8 @@ class Grid:
 
     def pooled(self, query: Tensor, key: Tensor, among: Tensor | None = None) -> Tensor:
         """The map `[b h n m]` of block means `[b h n d]` and `[b g m d]`: softmax over open blocks, or `among`."""
-        hidden = ~(self.open if among is None else among)
         scores = self.scores(query, self.call.spread(key))
-        return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0)
+        return softmax_over(scores, self.open if among is None else among)
 
     @property
     def length(self) -> Tensor:

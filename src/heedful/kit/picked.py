@@ -14,6 +14,7 @@ from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
 from heedful.kit.scores import scores_of
+from heedful.kit.seen import softmax_over
 from heedful.kit.topk import top_k
 
 KEPT = "kept"
@@ -100,9 +101,7 @@ def weights_of(mask: Mask, call: Call, rows: slice) -> Tensor:
     query, key = cast(Tensor, call.query), cast(Tensor, call.key)
     scores = scores_of(query[:, :, rows], key, call, rows)
     keep = mask.keeps(call.tile(rows, slice(0, len(call.keys))).pairs)
-    if keep is None:
-        return scores.softmax(-1)
-    return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~keep, 0.0)
+    return softmax_over(scores, keep)
 
 
 def best(score: Tensor, count: int | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
+from heedful.kit.seen import softmax_over
 
 
 def scores_of(query: Tensor, key: Tensor, call: Call, rows: slice | Tensor) -> Tensor:
@@ -60,5 +61,4 @@ def entry_weights(entries: CachedKV, call: Call, queries: Tensor, rows: slice | 
     if call.one_token and entries.whole and call.queries.end >= entries.positions.end:
         return found.softmax(-1)
     seen = entries.is_text[:, :, None] & (entries.positions.position[:, :, None] <= position[..., None])
-    seen = call.spread(seen)
-    return found.masked_fill(~seen, torch.finfo(found.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
+    return softmax_over(found, call.spread(seen))

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from heedful.core.errors import FieldError
+from heedful.core.errors import Code, FieldError
 
 
-def seed_of(owner: Any, field: str) -> int:
-    """The owner's seed; without one, what should have been fitted is missing."""
+def seed_of(owner: Any, field: str, to: str = "", batches: str = "batches") -> int:
+    """The owner's seed; without one, what should have been fitted (`to` what, and given which `batches`) is missing."""
     seed: int | None = owner.seed
     if seed is None:
-        good = f"heedful.fit({type(owner).__name__}(), model, batches)"
-        raise FieldError(owner, field, None, "must be fitted with heedful.fit(), or seed be given", good)
+        rule = f"must be fitted with heedful.fit(){to and ' ' + to}, or seed be given"
+        raise FieldError(owner, field, None, rule, Code(f"heedful.fit({type(owner).__name__}(), model, {batches})"))
     return seed
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext
+from heedful.kit.seeds import seed_of
 
 
 class Writes(Protocol):
@@ -38,10 +39,7 @@ def written(context: FitContext, last: int) -> Fitted:
 def map_of(owner: Writes, layer: int, h: int, d: int) -> tuple[Tensor, Tensor]:
     """A layer's map and what is added to it, as they were written down; drawn by the owner's seed where none were."""
     if owner.maps is None:
-        if owner.seed is None:
-            good = f"heedful.fit({type(owner).__name__}(), model, ())"
-            raise FieldError(owner, "maps", None, "must be copied with heedful.fit(), or seed be given", good)
-        draw = torch.Generator().manual_seed(4099 * owner.seed + layer)
+        draw = torch.Generator().manual_seed(4099 * seed_of(owner, "maps", batches="()") + layer)
         return torch.randn(h * d, h, d, generator=draw), torch.zeros(h * d)
     found = owner.maps.get(f"o.{layer}")
     if found is None or found.shape[1:] != (h, d):

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from heedful.core.errors import FieldError, StatisticError
+from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, Head, HeadMap, Listing, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Weights
@@ -84,26 +84,21 @@ class CompositionScore(Weights):
             found |= {f"best.{side}": best, f"whole.{side}": whole, f"component.{side}": component}
         return replace(self, fitted=Fitted(found))
 
-    def _of(self, part: str) -> Tensor:
-        if self.fitted is None:
-            raise StatisticError(f"{self!r} has seen no weights: heedful.fit({type(self).__name__}(), model, ())")
-        return self.fitted[part]
-
     def between(self, side: str, whole: bool = False) -> Tensor:
         """The score of each pair's best component, or of the whole head: `[n n]`, reader by writer, heads in a row."""
         if side not in SIDES:
             raise FieldError(self, "side", side, f"must be one of {SIDES}", "keys")
-        return self._of(f"{'whole' if whole else 'best'}.{side}")
+        return self.found[f"{'whole' if whole else 'best'}.{side}"]
 
     def channels(self, count: int, side: str | None = None, reader: Head | None = None) -> list[Channel]:
         """The strongest channels, of one side or into one head alone where that is asked for."""
-        heads = [(n, h) for n, h in self._of("heads").tolist()]
+        heads = [(n, h) for n, h in self.found["heads"].tolist()]
         if reader is not None and reader not in heads:
             raise FieldError(self, "reader", reader, f"must be (layer, head) of {len(heads)} heads", heads[-1])
         rows = range(len(heads)) if reader is None else [heads.index(reader)]
         found = []
         for name in SIDES if side is None else (side,):
-            best, component = self.between(name), self._of(f"component.{name}")
+            best, component = self.between(name), self.found[f"component.{name}"]
             flat = best[list(rows)].flatten()
             for at in flat.argsort(descending=True, stable=True)[:count].tolist():
                 r, w = rows[at // len(heads)], at % len(heads)
@@ -112,7 +107,7 @@ class CompositionScore(Weights):
         return sorted(found, key=lambda channel: -channel.score)[:count]
 
     def describe(self) -> Description:
-        heads = self._of("heads")
+        heads = self.found["heads"]
         layers, most = int(heads[:, 0].max()) + 1, int(heads[:, 1].max()) + 1
         maps = []
         for side in SIDES:

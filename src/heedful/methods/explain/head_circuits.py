@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from heedful.core.errors import StatisticError
 from heedful.core.figures import Curves, Description, Finding, HeadMap, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Weights
@@ -59,9 +58,7 @@ class HeadCircuits(Weights):
 
     def of(self, part: str) -> Tensor:
         """What was found: "match" or "copy" of all heads in a row, "heads", or "left" of each layer."""
-        if self.fitted is None:
-            raise StatisticError(f"{self!r} has seen no weights: heedful.fit({type(self).__name__}(), model, ())")
-        return self.fitted[part]
+        return self.found[part]
 
     def describe(self) -> Description:
         heads = self.of("heads")

@@ -1,4 +1,4 @@
-"""-coefficient log(1 - sum of a query's attention on the tokens that it must not be seen to use), beside the loss."""
+"""-weight log(1 - sum of a query's attention on the tokens that it must not be seen to use), beside the loss."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Impermissible(Method):
         ),
     )
     whole_map = True
-    coefficient: float = 1.0  # lambda; the paper: 0.1 and 1
+    weight: float = 1.0  # lambda; the paper: 0.1 and 1
     role: str = "impermissible"  # the tokens that must not be attended to
     asking: str = ""  # the role of the queries; "": all of the text
 
     def __post_init__(self) -> None:
-        if not 0 <= self.coefficient < float("inf"):
-            raise FieldError(self, "coefficient", self.coefficient, "must be 0 or more and finite", 1.0)
+        if not 0 <= self.weight < float("inf"):
+            raise FieldError(self, "weight", self.weight, "must be 0 or more and finite", 1.0)
         if not self.role:
             raise FieldError(self, "role", self.role, "must name a role", "impermissible")
 
@@ -56,7 +56,7 @@ class Impermissible(Method):
         return cls(role="marked")
 
     def idle(self, call: Call) -> bool:
-        return self.coefficient == 0
+        return self.weight == 0
 
     @penalises(Site.PATTERN)
     def hide(self, pattern: Tensor, call: Call) -> Tensor:
@@ -64,7 +64,7 @@ class Impermissible(Method):
         asks = call.is_text & call.marked_queries(self.asking) if self.asking else call.is_text
         asks = call.spread(asks).expand_as(mass)
         hidden = (1 - mass).clamp(min=TINY).log().masked_fill(~asks, 0.0)
-        return -self.coefficient * hidden.sum() / asks.sum().clamp(min=1)
+        return -self.weight * hidden.sum() / asks.sum().clamp(min=1)
 
 
 if __name__ == "__main__":

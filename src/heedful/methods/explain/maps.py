@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, StatisticError
+from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, HeadMap, Role, head_name, percent
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Weights
@@ -90,10 +90,8 @@ class MAPS(Weights):
         return self._map("suppression")
 
     def _map(self, part: str) -> Tensor:
-        if self.fitted is None:
-            raise StatisticError(f"{self!r} has seen no weights: heedful.fit({type(self).__name__}(), model, ())")
-        layers = sorted(int(key.rpartition(".")[2]) for key in self.fitted if key.startswith(f"{part}."))
-        return pad_sequence([self.fitted[f"{part}.{n}"] for n in layers], True, float("nan"))
+        layers = sorted(int(key.rpartition(".")[2]) for key in self.found if key.startswith(f"{part}."))
+        return pad_sequence([self.found[f"{part}.{n}"] for n in layers], True, float("nan"))
 
     def describe(self) -> Description:
         scores, down = self.scores, self.suppression

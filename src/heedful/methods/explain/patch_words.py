@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
+from heedful.kit.seeds import seed_of
 
 
 class PatchWords(Method):
@@ -59,10 +60,8 @@ class PatchWords(Method):
 
     def _other(self, what: str, x: Tensor, call: Call) -> Tensor:
         if self.words is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to a forward with the other prompt, or give seed"
-                raise FieldError(self, "words", None, rule, "heedful.fit(PatchWords(), model, [inputs])")
-            draw = torch.Generator().manual_seed(1_000_003 * self.seed + 2 * call.layer + (what == "value"))
+            seed = seed_of(self, "words", "to a forward with the other prompt", "[inputs]")
+            draw = torch.Generator().manual_seed(1_000_003 * seed + 2 * call.layer + (what == "value"))
             drawn = torch.randn(x.shape[2], x.shape[1], x.shape[3], generator=draw)  # word by word, padding last
             return drawn.transpose(0, 1).to(x).expand_as(x)
         found = self.words.get(f"{what}.{call.layer}")

@@ -59,20 +59,20 @@ class TAG(Method):
         ),
     )
     one_text = True
-    heads: int = 10  # how many heads of the whole model count for a token; the authors' code: 10
+    count: int = 10  # heads of the whole model that are heard for a token; the authors' code: 10
     asked: str = "question"  # the span whose tokens are listened to
     role: str = "image"  # the span in which places are
 
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise FieldError(self, "heads", self.heads, "must be 1 or more", 10)
+        if self.count < 1:
+            raise FieldError(self, "count", self.count, "must be 1 or more", 10)
         for name, good in (("asked", "question"), ("role", "image")):
             if not getattr(self, name):
                 raise FieldError(self, name, "", "must name a span", good)
 
     @classmethod
     def example(cls) -> TAG:
-        return cls(heads=2, asked="answer")
+        return cls(count=2, asked="answer")
 
     def idle(self, call: Call) -> bool:
         return call.cross or not {self.asked, self.role} <= call.roles.keys()
@@ -102,7 +102,7 @@ class TAG(Method):
 
     def _ground(self, maps: Tensor) -> Grounding:
         """From the maps `[b h t p]` of all layers' heads."""
-        chosen = maps.sum(-1).topk(min(self.heads, maps.shape[1]), 1).indices  # [b k t]
+        chosen = maps.sum(-1).topk(min(self.count, maps.shape[1]), 1).indices  # [b k t]
         found = maps.gather(1, chosen[..., None].expand(*chosen.shape, maps.shape[-1]))
         return Grounding(found.nanmean((1, 2)))  # a text may have fewer such tokens than others
 
@@ -117,6 +117,6 @@ if __name__ == "__main__":
 
     model = models.tiny("llava", vision_config={"image_size": 16}, image_seq_length=16)
     inputs = models.tiny_inputs(model, length=22)
-    with attach(model, TAG(heads=3), roles={"image": ((1, 17),), "question": ((17, 22),)}) as run:
+    with attach(model, TAG(count=3), roles={"image": ((1, 17),), "question": ((17, 22),)}) as run:
         run(**inputs)
-        print(*run[TAG(heads=3)])
+        print(*run[TAG(count=3)])

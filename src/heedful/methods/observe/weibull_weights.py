@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from heedful.core.errors import FieldError, StatisticError
+from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Weights
@@ -101,9 +101,7 @@ class WeibullWeights(Weights):
     @property
     def shapes(self) -> Tensor:
         """`[layers 4]`, by projection in the order of NAMES."""
-        if self.fitted is None:
-            raise StatisticError(f"{self!r} has seen no weights: heedful.fit({type(self).__name__}(), model, ())")
-        return self.fitted["shape"]
+        return self.found["shape"]
 
     def describe(self) -> Description:
         shapes = self.shapes

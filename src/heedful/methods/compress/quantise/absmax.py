@@ -9,7 +9,7 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import Layer
-from heedful.kit.grids import Grid
+from heedful.kit.rounding import Rounding
 from heedful.methods.compress.quantise._int8 import PAPER
 from heedful.methods.compress.quantise._quantiser import Quantiser
 
@@ -49,7 +49,7 @@ class Absmax(Quantiser):
     def on_grid(self, x: Tensor) -> Tensor:
         """The matrix `[o i]` of nearest values."""
         rows = x if self.share == "row" else x.reshape(1, -1)
-        return Grid.absmax(rows, self.bits).of(rows).view_as(x)
+        return Rounding.absmax(rows, self.bits).of(rows).view_as(x)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Stack
 from heedful.core.paper import Paper
 from heedful.kit.batches import at_least_one
-from heedful.kit.grids import above_zero
 from heedful.kit.labels import labelled, loss_of
+from heedful.kit.rounding import above_zero
 from heedful.methods.compress.quantise._quantiser import Quantiser
 
 TOP, SCALE_TOP = 6.0, 448.0  # the largest values of E2M1 and of E4M3

@@ -10,7 +10,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
-from heedful.kit.grids import Grid
+from heedful.kit.rounding import Rounding
 from heedful.methods.compress.quantise._int8 import PAPER
 
 
@@ -64,7 +64,7 @@ class LLMInt8(Method):
     def rounded(self, x: Tensor, is_text: Tensor) -> Tensor:
         """Inputs `[b n e]`, of which `[b|1 n]` are text."""
         outlier = ((x.abs() >= self.threshold) & is_text[..., None]).any(1, keepdim=True)
-        return x.where(outlier, Grid.absmax(x.masked_fill(outlier, 0.0), self.bits).of(x))
+        return x.where(outlier, Rounding.absmax(x.masked_fill(outlier, 0.0), self.bits).of(x))
 
 
 if __name__ == "__main__":

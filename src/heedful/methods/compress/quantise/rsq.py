@@ -13,7 +13,7 @@ from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.stats import Cat
 from heedful.core.summary import Summary, sums
-from heedful.kit.grids import Grid, above_zero, compensated, damped, inverse_root
+from heedful.kit.rounding import Rounding, above_zero, compensated, damped, inverse_root
 from heedful.methods.compress.quantise._calibrated import HANDED_ON, SHOWN, Calibrated, Lesson, readings
 
 PAPER = Paper(
@@ -80,7 +80,7 @@ class RSQ(Calibrated):
 
     def _turned(self, x: Tensor, root: Tensor) -> Tensor:
         """A matrix in the turned basis, rounded; its rows' steps are those of the least sum |error|^2.4, as GPTQ's."""
-        grid = Grid.absmax(x, self.bits).searched(x, lambda e: e.norm(2.4, -1, keepdim=True))
+        grid = Rounding.absmax(x, self.bits).searched(x, lambda e: e.norm(2.4, -1, keepdim=True))
         return compensated(x, root, grid)
 
 

@@ -14,7 +14,7 @@ from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Sum
-from heedful.kit.grids import Grid, compensated, damped, inverse_root
+from heedful.kit.rounding import Rounding, compensated, damped, inverse_root
 from heedful.methods.compress.quantise._calibrated import HANDED_ON, SHOWN, Calibrated, Lesson, readings
 
 PAPER = Paper(
@@ -94,7 +94,7 @@ class TurboBoA(Calibrated):
         for start in range(0, width, count):
             mine, later = slice(start, start + count), slice(start + count, None)
             now = rest[:, mine].clone()
-            grid = Grid.minmax(now, self.bits).searched(now, lambda e: ((e @ p.inputs) * e).sum(-1, keepdim=True))
+            grid = Rounding.minmax(now, self.bits).searched(now, lambda e: ((e @ p.inputs) * e).sum(-1, keepdim=True))
             out[:, mine], steps[:, mine] = compensated(now, root, grid, drift), grid.step
             lost = now - out[:, mine] + now @ made_up
             rest[:, later] -= above[:, mine, later].mT @ torch.linalg.solve(above[:, mine, mine].mT, lost)

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from heedful.authoring import Call, Cat, FieldError, FitContext, Fitted, Method, Paper, Readings, Site, at, reads
 from heedful.kit.running import wide
 from heedful.kit.scores import scores_of
+from heedful.kit.seen import softmax_over
 
 GOOD = "heedful.fit(AddIt(), model, batches)"
 LOW, HIGH, HALVINGS = 0.1, 10.0, 40  # where the scale that balances is looked for
@@ -82,11 +83,9 @@ class AddIt(Method):
         """The pattern over the scene's tokens and then over the picture's own, `[b h q n+k]`."""
         own = scores_of(q, scale * k, call, slice(None))
         scene = scores_of(q, theirs, replace(call, bias=None), slice(None))
-        scores, keep = torch.cat([scene, own], -1), call.mask.keeps(call.pairs)
-        if keep is None:
-            return scores.softmax(-1)
-        hidden = pad(~keep, (theirs.shape[2], 0))  # all see the scene
-        return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
+        keep = call.mask.keeps(call.pairs)
+        keep = None if keep is None else pad(keep, (theirs.shape[2], 0), value=True)  # all see the scene
+        return softmax_over(torch.cat([scene, own], -1), keep)
 
     def _given(self, q: Tensor, k: Tensor, theirs: Tensor, scale: float, call: Call) -> float:
         """The share of all weight that the scene is given."""

@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 from heedful.kit.batches import read, with_roles
+from heedful.kit.seeds import seed_of
 from heedful.methods.intervene.diffusion._map_loss import MapLoss, levelled
 from heedful.methods.intervene.diffusion._refined import Refined
 
@@ -80,10 +81,8 @@ class AttenCraft(MapLoss):
     def _masks(self, words: Tensor) -> Tensor:
         """Of maps `[b c n]` the places that are each concept's."""
         if self.masks is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to the pictures, or give seed"
-                raise FieldError(self, "masks", None, rule, "heedful.fit(AttenCraft(), model, [inputs])")
-            return torch.rand(words.shape, generator=torch.Generator().manual_seed(self.seed)).round().to(words)
+            draw = torch.Generator().manual_seed(seed_of(self, "masks", "to the pictures", "[inputs]"))
+            return torch.rand(words.shape, generator=draw).round().to(words)
         found = self.masks["masks"]
         if found.shape != words.shape:
             rule = f"is of other pictures: [b c n] is {list(found.shape)}, and here {list(words.shape)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from heedful.authoring import Call, FieldError, FitContext, Fitted, Method, Paper, Site, penalises, reads
 from heedful.core.stats import Cat
 from heedful.kit.batches import at_least_one
+from heedful.kit.seeds import seed_of
 
 TINY = 1e-8  # of a weight whose logarithm would be infinite
 
@@ -81,10 +82,7 @@ class HASTE(Method):
     def _wanted(self, weights: Tensor, call: Call) -> Tensor:
         """The teacher's maps for this batch and layer, of as many heads as both have."""
         if self.maps is None:
-            if self.seed is None:
-                rule = "are not there yet: fit with the teacher, or give seed"
-                raise FieldError(self, "maps", None, rule, "heedful.fit(HASTE(), teacher, batches)")
-            draw = torch.Generator().manual_seed(1_000_003 * self.seed + call.layer)
+            draw = torch.Generator().manual_seed(1_000_003 * seed_of(self, "maps", "to the teacher") + call.layer)
             return torch.randn(weights.shape, generator=draw).softmax(-1).to(weights)
         batch = call.forward % int(self.maps["batches"])
         found = self.maps.get(f"{batch}.{call.layer + self.behind}")

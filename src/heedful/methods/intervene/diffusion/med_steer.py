@@ -18,6 +18,7 @@ from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean
+from heedful.kit.seeds import seed_of
 
 Step = tuple[int, int]  # its number, and how many there are
 
@@ -70,10 +71,8 @@ class MedSteer(Method):
     def _vector(self, width: int, call: Call) -> Tensor:
         step = 0 if call.denoising is None else call.denoising.number
         if self.vectors is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to forwards with and without the concept, or give seed"
-                raise FieldError(self, "vectors", None, rule, "heedful.fit(MedSteer(), model, batches)")
-            draw = torch.Generator().manual_seed(1_000_003 * self.seed + 1009 * step + call.layer)
+            seed = seed_of(self, "vectors", "to forwards with and without the concept")
+            draw = torch.Generator().manual_seed(1_000_003 * seed + 1009 * step + call.layer)
             return F.normalize(torch.randn(width, generator=draw), dim=-1)
         steps = {int(name.rpartition(".")[2]) for name in self.vectors if name.startswith(f"v.{call.layer}.")}
         found = self.vectors.get(f"v.{call.layer}.{min(step, max(steps, default=0))}")

@@ -16,6 +16,9 @@ from heedful.core.method import FitContext, Method, Stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Mean
 from heedful.kit.batches import Batch
+from heedful.kit.seeds import seed_of
+
+TEXTS = "to texts with and without the trait"  # what is fitted
 
 
 class _LastHeads(Method):
@@ -174,15 +177,13 @@ class AddsVector(Method, abstract=True):
 
     def added(self, layer: int, width: int) -> Tensor:
         """What is added in a layer, `[e]`."""
-        good = f"heedful.fit({type(self).__name__}(), model, batches)"
         if self.vectors is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to texts with and without the trait, or give seed"
-                raise FieldError(self, "vectors", None, rule, good)
-            random = torch.Generator().manual_seed(1_000_003 * self.seed + layer)
+            random = torch.Generator().manual_seed(1_000_003 * seed_of(self, "vectors", TEXTS) + layer)
             return self.strength * torch.randn(width, generator=random)
         found = self.vectors.get(f"v.{layer}")
         if found is None or found.shape != (width,):
             rule = f"have no vector of width {width} for layer {layer}: fit to this model"
-            raise FieldError(self, "vectors", self.vectors, rule, good)
+            raise FieldError(
+                self, "vectors", self.vectors, rule, f"heedful.fit({type(self).__name__}(), model, batches)"
+            )
         return self.strength * found

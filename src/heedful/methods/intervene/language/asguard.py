@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.kit.head_search import Head, heads_here, require_heads
+from heedful.kit.seeds import seed_of
 
 
 class ASGuard(Method):
@@ -80,10 +81,8 @@ class ASGuard(Method):
     def _scale(self, h: int, d: int, layer: int) -> Tensor | None:
         """A layer's scales, `[h d]`; None where all are 1."""
         if self.scales is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to attacks with labels, or give seed"
-                raise FieldError(self, "scales", None, rule, "heedful.fit(ASGuard(), model, batches)")
-            return 2 * torch.rand(h, d, generator=torch.Generator().manual_seed(4099 * self.seed + layer))
+            draw = torch.Generator().manual_seed(4099 * seed_of(self, "scales", "to attacks with labels") + layer)
+            return 2 * torch.rand(h, d, generator=draw)
         found = self.scales.get(f"s.{layer}")
         if found is not None and found.shape != (h, d):
             rule = f"were fitted to another model: layer {layer} has [h d] = {[h, d]} here"

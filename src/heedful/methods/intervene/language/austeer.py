@@ -16,7 +16,8 @@ from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.methods.intervene.language._contrast import contrast
+from heedful.kit.seeds import seed_of
+from heedful.methods.intervene.language._contrast import TEXTS, contrast
 
 
 class AUSteer(Method):
@@ -76,10 +77,7 @@ class AUSteer(Method):
     def _factor(self, h: int, d: int, layer: int) -> Tensor:
         """1 + alpha beta, `[h d]`."""
         if self.momenta is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to texts with and without the trait, or give seed"
-                raise FieldError(self, "momenta", None, rule, "heedful.fit(AUSteer(), model, batches)")
-            draw = torch.Generator().manual_seed(1_000_003 * self.seed + layer)
+            draw = torch.Generator().manual_seed(1_000_003 * seed_of(self, "momenta", TEXTS) + layer)
             return 1 + self.strength * (2 * torch.rand(h, d, generator=draw) - 1)
         found = self.momenta.get(f"beta.{layer}")
         if found is None or found.shape != (h, d):

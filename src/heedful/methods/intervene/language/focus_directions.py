@@ -45,7 +45,7 @@ class FocusDirections(Method):
         ),
     )
     alpha: float = 0.3  # strength; the paper's best: 0.3, the authors' script: 0.2; below 0 turns away
-    heads: int = 20  # heads that a fit chooses; the paper: 20
+    count: int = 20  # heads that a fit chooses; the paper: 20
     epochs: int = 10  # passes of a fit over its batches; the paper: 10
     rate: float = 1e-3  # AdamW's learning rate in a fit; the paper: 1e-3
     directions: Fitted | None = None  # q.<layer> [h d], zero in heads that were not chosen
@@ -54,7 +54,7 @@ class FocusDirections(Method):
     def __post_init__(self) -> None:
         if not abs(self.alpha) < float("inf"):
             raise FieldError(self, "alpha", self.alpha, "must be finite", 0.3)
-        for name in ("heads", "epochs"):
+        for name in ("count", "epochs"):
             if getattr(self, name) < 1:
                 raise FieldError(self, name, getattr(self, name), "must be 1 or more", 10)
         if not self.rate > 0:
@@ -109,7 +109,7 @@ class FocusDirections(Method):
             mass = run[reader]
         ranked = sorted((-float(m), layer, i) for layer, row in mass.items() for i, m in enumerate(row))
         chosen: dict[int, list[int]] = {}
-        for _, layer, head in ranked[: self.heads]:
+        for _, layer, head in ranked[: self.count]:
             chosen.setdefault(layer, []).append(head)
         learned = {f"q.{layer}": self._learned(context, split, layer, heads) for layer, heads in chosen.items()}
         return replace(self, directions=Fitted(learned))
@@ -173,7 +173,7 @@ if __name__ == "__main__":
     model, tokenizer, _ = models.default()
     text = tokenizer("The sky is green today. The code is 7491. The sea is calm. So the code is", return_tensors="pt")
     roles = {"relevant": ((7, 14),)}
-    method = fit(FocusDirections(heads=4, rate=0.05), model, [{**text, "roles": roles}])
+    method = fit(FocusDirections(count=4, rate=0.05), model, [{**text, "roles": roles}])
     for part in (_Mass(), method | _Mass()):
         with torch.no_grad(), attach(model, part, roles=roles) as run:
             run(**text)

@@ -16,7 +16,8 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.methods.intervene.language._contrast import contrast
+from heedful.kit.seeds import seed_of
+from heedful.methods.intervene.language._contrast import TEXTS, contrast
 
 ROUNDS = 100  # of the search for centres, which ends by itself long before
 
@@ -79,10 +80,7 @@ class GACT(Method):
     def _of(self, width: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """A layer's directions and its probe."""
         if self.found is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to texts with and without the trait, or give seed"
-                raise FieldError(self, "found", None, rule, "heedful.fit(GACT(), model, batches)")
-            draw = torch.Generator().manual_seed(1_000_003 * self.seed + layer)
+            draw = torch.Generator().manual_seed(1_000_003 * seed_of(self, "found", TEXTS) + layer)
             directions, weight = torch.randn(2, self.clusters, width, generator=draw)
             return directions, weight, torch.zeros(self.clusters)
         held = [self.found.get(f"{name}.{layer}") for name in "dwb"]

@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.kit.head_search import Head, heads_here, require_heads
+from heedful.kit.seeds import seed_of
 
 
 class LoFiT(Method):
@@ -94,10 +95,8 @@ class LoFiT(Method):
         if self.strength == 0:
             return None
         if self.offsets is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to batches with labels, or give seed"
-                raise FieldError(self, "offsets", None, rule, "heedful.fit(LoFiT(), model, batches)")
-            return self.strength * torch.randn(h, d, generator=torch.Generator().manual_seed(4099 * self.seed + layer))
+            draw = torch.Generator().manual_seed(4099 * seed_of(self, "offsets", "to batches with labels") + layer)
+            return self.strength * torch.randn(h, d, generator=draw)
         found = self.offsets.get(f"v.{layer}")
         if found is not None and found.shape != (h, d):
             rule = f"were fitted to another model: layer {layer} has [h d] = {[h, d]} here"

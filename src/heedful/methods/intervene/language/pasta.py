@@ -24,7 +24,7 @@ class PASTA(Method):
 
     Acts in every head until `fit` has chosen some. A fit takes batches with "roles" that mark the part, and "options"
     `[b c]` (first tokens of answers, the right one first) or "target" `[b]`; batches of several tasks name their
-    "task", and a head must be among the best `keep` of each.
+    "task", and a head must be among the best `count` of each.
     """
 
     paper = Paper(
@@ -45,7 +45,7 @@ class PASTA(Method):
     role: str = "marked"  # the spans to emphasise
     alpha: float = 0.01  # factor on what lies outside them; the paper: 0.01
     heads: tuple[Head, ...] | None = None  # (layer, head) pairs that a fit chose; None: every head
-    keep: int = 50  # heads that a fit takes from each task's best; the paper: 300 to 500 of 1024, less by intersection
+    count: int = 50  # heads that a fit takes from each task's best; the paper: 300 to 500 of 1024, less by intersection
     layers: tuple[int, ...] | None = None  # layers whose heads a fit tries; None: all
 
     def __post_init__(self) -> None:
@@ -53,8 +53,8 @@ class PASTA(Method):
             raise FieldError(self, "role", self.role, "must name a role", "marked")
         if not 1e-30 <= self.alpha <= 1e30:
             raise FieldError(self, "alpha", self.alpha, "must lie from 1e-30 to 1e30", 0.01)
-        if self.keep < 1:
-            raise FieldError(self, "keep", self.keep, "must be 1 or more heads", 50)
+        if self.count < 1:
+            raise FieldError(self, "count", self.count, "must be 1 or more heads", 50)
         require_heads(self, self.heads or ())
 
     @classmethod
@@ -97,7 +97,7 @@ class PASTA(Method):
         best = []
         for found in tasks.values():
             gained = gains(context, replace(self, heads=None), tried, found)
-            best.append(set(sorted(tried, key=lambda place: -gained[place])[: self.keep]))
+            best.append(set(sorted(tried, key=lambda place: -gained[place])[: self.count]))
         return replace(self, heads=tuple(sorted(set.intersection(*best))))
 
 

@@ -17,6 +17,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, penalises, reads
 from heedful.core.stats import Sum
 from heedful.kit.batches import read
+from heedful.kit.seeds import seed_of
 
 EPS = 1e-8  # on every weight, as in the authors' code
 
@@ -85,10 +86,8 @@ class SADR(Method):
     def _before(self, row: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The rows of this layer before the edit, `[b h n]`, and the most that any head gave the subject, `[b]`."""
         if self.before is None:
-            if self.seed is None:
-                rule = "is not there yet: fit to the prompts before the edit, or give seed"
-                raise FieldError(self, "before", None, rule, "heedful.fit(SADR(), model, [prompts])")
-            draw = torch.Generator().manual_seed(1_000_003 * self.seed + call.layer)
+            seed = seed_of(self, "before", "to the prompts before the edit", "[prompts]")
+            draw = torch.Generator().manual_seed(1_000_003 * seed + call.layer)
             return torch.randn(row.shape, generator=draw).softmax(-1).to(row), row.new_zeros(len(row))
         found = self.before.get(f"row.{call.layer}")
         if found is None or found.shape[1] != row.shape[1] or found.shape[2] > row.shape[2]:

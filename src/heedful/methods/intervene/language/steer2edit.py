@@ -15,7 +15,8 @@ from heedful.core.kinds import HeadWeights, Surgery
 from heedful.core.method import FitContext, Layer
 from heedful.core.paper import Paper
 from heedful.core.sites import Site
-from heedful.methods.intervene.language._contrast import class_means
+from heedful.kit.seeds import seed_of
+from heedful.methods.intervene.language._contrast import TEXTS, class_means
 
 PAPER = Paper(
     "P299",
@@ -82,11 +83,8 @@ class Steer2Edit(Surgery):
     def _aligned(self, weights: HeadWeights, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The unit steering vector `[e]`, each head's answer to it `[h d]`, how far the head writes along it `[h]`."""
         o = weights.o.double()
-        if self.vectors is None and self.seed is None:
-            rule = "are not there yet: fit to texts with and without the trait"
-            raise FieldError(self, "vectors", None, rule, "heedful.fit(Steer2Edit(), model, batches)")
         if self.vectors is None:
-            random = torch.Generator().manual_seed(1_000_003 * int(self.seed or 0) + layer)
+            random = torch.Generator().manual_seed(1_000_003 * seed_of(self, "vectors", TEXTS) + layer)
             v, x = (torch.randn(size, generator=random).to(o) for size in (o.shape[:1], o.shape[1:]))
         else:
             v, x = (self.vectors.get(f"{letter}.{layer}", torch.empty(0)).to(o) for letter in "vx")

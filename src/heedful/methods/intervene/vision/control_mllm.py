@@ -24,6 +24,7 @@ from heedful.authoring import (
     penalises,
 )
 from heedful.core.regions import coordinates
+from heedful.kit.seeds import seed_of
 
 
 class ControlMLLM(Method):
@@ -96,10 +97,8 @@ class ControlMLLM(Method):
 
     def _latent(self, tokens: int, width: int, call: Call) -> Tensor:
         if self.latent is None:
-            if self.seed is None:
-                good = "heedful.fit(ControlMLLM(), model, [{**inputs, 'roles': roles}])"
-                raise FieldError(self, "latent", None, "must be fitted to the prompt, or seed be given", good)
-            return torch.randn(tokens, width, generator=torch.Generator().manual_seed(self.seed))
+            seed = seed_of(self, "latent", "to the prompt", "[{**inputs, 'roles': roles}]")
+            return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
         found = self.latent["latent"]
         if found.shape != (tokens, width):
             rule = f"was fitted to another prompt or model: [n e] is {[tokens, width]} here"

@@ -46,7 +46,7 @@ class GEM(Method):
     )
     subjects = ("image",)
     last: int = 6  # layers that have the path, the last ones; the authors' code: 6
-    iterations: int = 1  # how often tokens draw together before they mix values; the authors' code: 1
+    rounds: int = 1  # how often tokens draw together before they mix values; the authors' code: 1
     temperature: float | None = None  # on cosines; None: the tokens' mean length over the root of d, as the authors'
     of: tuple[str, ...] = PROJECTIONS  # which attend to themselves, the mean of which is taken; the paper: all three
     maps: Fitted | None = None  # o.<layer> [e h d] and b.<layer> [e], from a fit
@@ -55,8 +55,8 @@ class GEM(Method):
     def __post_init__(self) -> None:
         if self.last < 1:
             raise FieldError(self, "last", self.last, "must be 1 or more", 6)
-        if self.iterations < 0:
-            raise FieldError(self, "iterations", self.iterations, "must be 0 or more", 1)
+        if self.rounds < 0:
+            raise FieldError(self, "rounds", self.rounds, "must be 0 or more", 1)
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise FieldError(self, "temperature", self.temperature, "must be finite and above 0", 10.0)
         if not self.of or len(set(self.of)) < len(self.of) or not set(self.of) <= set(PROJECTIONS):
@@ -107,7 +107,7 @@ class GEM(Method):
 
     def _alike(self, x: Tensor, heat: Tensor | float) -> Tensor:
         """How much each token sees of those that are like it, `[b h n n]`, once they have drawn together."""
-        for _ in range(self.iterations):
+        for _ in range(self.rounds):
             x = _cosines(x, heat) @ normalize(x, dim=-1)
         return _cosines(x, heat)
 

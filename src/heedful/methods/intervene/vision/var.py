@@ -1,4 +1,4 @@
-"""Sinks keep a share p of their weight; marked tokens that are no sinks get the rest, in heads that look at them."""
+"""Sinks keep a share beta of their weight; marked tokens that are no sinks get the rest, in heads that look at them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class VAR(Method):
     tau: float = 20.0  # a dimension over the token's root mean square, above which the token is a sink; the paper: 20
     rho: float = 0.5  # share of a head's weight on the span that may lie on sinks, at most; the authors' code: 0.5
     least: float = 0.2  # weight that a head's row gives to the span at least; the authors' code: 0.2
-    p: float = 0.6  # share of a sink's weight that it keeps; the paper: 0.6
+    beta: float = 0.6  # share of a sink's weight that it keeps; the paper's p: 0.6
     dims: tuple[int, ...] | None = None  # massive dimensions of the stream; None: any may be one
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class VAR(Method):
             raise FieldError(self, "role", self.role, "must name a role", "marked")
         if not self.tau > 0:
             raise FieldError(self, "tau", self.tau, "must be above 0", 20.0)
-        for name in ("rho", "least", "p"):
+        for name in ("rho", "least", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FieldError(self, name, getattr(self, name), "must lie from 0 to 1", 0.5)
         if self.dims is not None and (not self.dims or min(self.dims) < 0):
@@ -67,14 +67,14 @@ class VAR(Method):
 
     @classmethod
     def neutral(cls) -> VAR:
-        return cls(p=1.0)
+        return cls(beta=1.0)
 
     @classmethod
     def example(cls) -> VAR:
         return cls(tau=2.5, least=0.0, rho=1.0)
 
     def idle(self, call: Call) -> bool:
-        return self.p == 1
+        return self.beta == 1
 
     @at(Site.PATTERN)
     def redistribute(self, pattern: Tensor, call: Call) -> Tensor:
@@ -89,10 +89,10 @@ class VAR(Method):
         span = pattern.masked_fill(~marked, 0.0).sum(-1, keepdim=True)
         free = pattern.masked_fill(~marked | sunk, 0.0)
         rest = free.sum(-1, keepdim=True)
-        freed = (1 - self.p) * pattern.masked_fill(~sunk, 0.0).sum(-1, keepdim=True)
+        freed = (1 - self.beta) * pattern.masked_fill(~sunk, 0.0).sum(-1, keepdim=True)
         looks = (span >= self.least) & (span - rest <= self.rho * span) & (rest > 0) & (call.pairs.q >= after)
         given = freed / rest.masked_fill(rest == 0, 1.0) * free
-        return torch.where(looks, pattern.where(~sunk, self.p * pattern) + given, pattern)
+        return torch.where(looks, pattern.where(~sunk, self.beta * pattern) + given, pattern)
 
     @reads(Site.RESIDUAL)
     def find_sinks(self, stream: Tensor, call: Call) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Method, Paper, Site, at
 from heedful.kit.running import Running, divided, past_keys, wide
+from heedful.kit.seen import softmax_over
 
 SLOPE, SHIFT = (
     0.14855178144710912,
@@ -83,8 +84,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, call: Call, size: int) -> Tensor
         keep = part.mask.keeps(part.pairs)
         keep = near if keep is None else near & keep
         scores = q[:, :, rows] @ call.spread(k[:, :, cols]).mT * call.scale
-        weights = scores.masked_fill(~keep, torch.finfo(q.dtype).min).softmax(-1).masked_fill(~keep, 0.0)
-        out.append(weights @ call.spread(v[:, :, cols]))
+        out.append(softmax_over(scores, keep) @ call.spread(v[:, :, cols]))
     return torch.cat(out, 2)
 
 

@@ -1,4 +1,4 @@
-"""Tokens of chunk c see from place c size - overlap up to (c + 1) size + overlap: their chunk and a little around."""
+"""Tokens of a chunk see it and `overlap` tokens before and behind it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class TKL(Method):
             "What is not computed is left out by the mask, not by packing chunks.",
         ),
     )
-    size: int = 40  # tokens of a chunk; the authors: 40
+    chunk: int = 40  # tokens of a chunk; the authors: 40
     overlap: int = 5  # tokens on either side that it sees too; the authors: 5
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more tokens", 40)
+        if self.chunk < 1:
+            raise FieldError(self, "chunk", self.chunk, "must be 1 or more tokens", 40)
         if self.overlap < 0:
             raise FieldError(self, "overlap", self.overlap, "must be 0 or more tokens", 5)
 
@@ -44,7 +44,7 @@ class TKL(Method):
 
     @at(Site.MASK)
     def narrow(self, mask: Mask, call: Call) -> Mask:
-        return mask & Chunk(self.size, self.overlap, self.overlap)
+        return mask & Chunk(self.chunk, self.overlap, self.overlap)
 
 
 if __name__ == "__main__":

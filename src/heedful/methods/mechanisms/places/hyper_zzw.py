@@ -46,22 +46,22 @@ class HyperZZW(Method):
     every_token = True
     side: int = 14  # patches along each side of the image; that of ViT-B/16
     kernels: tuple[int, ...] = (3, 9, 5, 7)  # patches along a side of each local kernel; the authors' code
-    hidden: int = 32  # channels within the nets that make kernels; the authors' code, 64 for the global one
+    units: int = 32  # channels within the nets that make kernels; the authors' code, 64 for the global one
 
     def __post_init__(self) -> None:
         if self.side < 2:
             raise FieldError(self, "side", self.side, "must be 2 or more patches", 14)
         if len(set(self.kernels)) < len(self.kernels) or not all(k > 0 and k % 2 for k in self.kernels):
             raise FieldError(self, "kernels", self.kernels, "must be odd numbers of patches, no two alike", (3, 5))
-        if self.hidden < 1:
-            raise FieldError(self, "hidden", self.hidden, "must be 1 or more channels", 32)
+        if self.units < 1:
+            raise FieldError(self, "units", self.units, "must be 1 or more channels", 32)
 
     @classmethod
     def example(cls) -> HyperZZW:
         return cls(4, (3,), 4)  # of the tiny model that laws are tried on
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        random, e, h = torch.Generator().manual_seed(layer.number), layer.width, self.hidden
+        random, e, h = torch.Generator().manual_seed(layer.number), layer.width, self.units
 
         def even(rows: int, cols: int) -> Tensor:
             return (torch.rand(rows, cols, generator=random) * 2 - 1) * math.sqrt(3 / cols)

@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
 from heedful.kit.feature_maps import drawn
 from heedful.kit.running import wide
+from heedful.kit.seen import softmax_over
 
 
 class SkimAttention(Method):
@@ -77,9 +78,7 @@ class SkimAttention(Method):
         k = torch.einsum("bne,hde->bhnd", giving, call.params["key"])
         scores = q @ k.mT / math.sqrt(q.shape[-1])
         seen = call.mask.keeps(call.tile(slice(0, q.shape[2]), slice(0, k.shape[2])).pairs)
-        if seen is None:
-            return scores.softmax(-1)
-        return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
+        return softmax_over(scores, seen)
 
     def _layout(self, place: Tensor, call: Call) -> Tensor:
         """What stands for the places `[b|1 g|1 n 2]`, `[b|1 n e]`."""

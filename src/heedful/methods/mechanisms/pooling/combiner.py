@@ -8,6 +8,7 @@ from torch import Tensor
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
 from heedful.kit.feature_maps import drawn
 from heedful.kit.running import text_keys, wide
+from heedful.kit.seen import softmax_over
 from heedful.kit.told import of_keys
 
 
@@ -74,7 +75,7 @@ class Combiner(Method):
         asked = asked.where(known[..., None], 0.0)
         span_key = self._pooled("key", key, there, call)  # [b h m d]
         lead = self._pooled("query", asked, known, call)[..., None, :]
-        span_value = (_softmax(lead @ key.mT, there[..., None, :]) @ value)[..., 0, :]
+        span_value = (softmax_over(lead @ key.mT, there[..., None, :]) @ value)[..., 0, :]
         first = int(call.q_pos.where(call.is_text, total).min().clamp(max=total - 1)) // s  # block of this call's first
         own = asked[:, :, first:]
         near, far = own @ key[:, :, first:].mT, own @ span_key[:, :, None].mT  # [b h m' s s], [b h m' s m]
@@ -84,7 +85,7 @@ class Combiner(Method):
             number = torch.arange(blocks, device=q.device)
             past = past & (number < number[first:, None])[:, None]
         keep = torch.cat([sees.expand(-1, -1, -1, s, -1), past.expand(-1, -1, near.shape[2], s, -1)], -1)
-        close, apart = _softmax(torch.cat([near, far], -1), keep).split([s, blocks], -1)
+        close, apart = softmax_over(torch.cat([near, far], -1), keep).split([s, blocks], -1)
         out = (close @ value[:, :, first:] + apart @ span_value[:, :, None]).flatten(2, 3)
         row = (call.q_pos - first * s).clamp(min=0).expand(len(q), out.shape[1], -1)
         return out.gather(2, row[..., None].expand(-1, -1, -1, out.shape[-1])) * call.is_text[..., None]
@@ -92,10 +93,6 @@ class Combiner(Method):
     def _pooled(self, name: str, x: Tensor, there: Tensor, call: Call) -> Tensor:
         """The highest of each channel over a block's tokens, behind a small net, `[b h m d]`."""
         return (x @ call.params[name].to(x.dtype).mT).relu().masked_fill(~there[..., None], 0.0).amax(-2)
-
-
-def _softmax(scores: Tensor, keep: Tensor) -> Tensor:
-    return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~keep, 0.0)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ class SlotAttention(Method):
     subjects = ("image",)
     slots: int = 7  # the paper: 7 on CLEVR6
     rounds: int = 3  # the paper: 3
-    inner: int = 128  # width of the MLP; the paper: 128
+    units: int = 128  # width of the MLP; the paper: 128
 
     def __post_init__(self) -> None:
-        for name in ("slots", "rounds", "inner"):
+        for name in ("slots", "rounds", "units"):
             if getattr(self, name) < 1:
                 raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(SlotAttention, name))
 
@@ -61,8 +61,8 @@ class SlotAttention(Method):
             "mean": drawn(e), "spread": drawn(e),
             "gate_input": drawn(3 * e, e), "gate_slot": drawn(3 * e, e),
             "gate_input_bias": drawn(3 * e), "gate_slot_bias": drawn(3 * e),
-            "up": drawn(self.inner, e), "up_bias": drawn(self.inner),
-            "down": drawn(e, self.inner, fan=self.inner), "down_bias": drawn(e, fan=self.inner),
+            "up": drawn(self.units, e), "up_bias": drawn(self.units),
+            "down": drawn(e, self.units, fan=self.units), "down_bias": drawn(e, fan=self.units),
         }  # fmt: skip
 
     @at(Site.BLOCK)

@@ -9,6 +9,7 @@ from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, Site
 from heedful.core.positions import spread_heads
 from heedful.core.state import Until
 from heedful.kit.running import grouped, past_keys, text_keys, wide
+from heedful.kit.seen import softmax_over
 
 
 class RecurrentMemoryAttention(Method):
@@ -74,7 +75,7 @@ class RecurrentMemoryAttention(Method):
             if text is not None:
                 keep = keep & spread_heads(text[..., cols], call.heads)[..., None, :]
             scores = grouped(q[:, :, rows], k[:, :, cols].mT) * call.scale
-            near = [_softmax(scores, keep & (pairs.q // s == pairs.k // s)) for s in (self.chunk, self.window)]
+            near = [softmax_over(scores, keep & (pairs.q // s == pairs.k // s)) for s in (self.chunk, self.window)]
             heads = grouped(shares[0] * near[0] + shares[1] * near[1], v[:, :, cols])
             # of the slots so far a query sees the last that were filled before its chunk
             first = call.queries.take(rows).position // self.chunk - base[..., None]  # [b g r]
@@ -84,7 +85,7 @@ class RecurrentMemoryAttention(Method):
             place = place - spread_heads(first, call.heads)[..., None]
             seen = (place >= 0) & (place < self.slots)
             keys, values = near_slots.split([k.shape[3], v.shape[3]], -1)
-            weights = _softmax(grouped(q[:, :, rows], keys.mT) * call.scale, seen)
+            weights = softmax_over(grouped(q[:, :, rows], keys.mT) * call.scale, seen)
             found.append(heads + shares[2] * grouped(weights, values))
         return torch.cat(found, 2)
 
@@ -119,11 +120,6 @@ class RecurrentMemoryAttention(Method):
         kept["chunks"] = chunks.clamp(min=0)
         kept["end"] = Until(torch.full((len(given),), first + n, device=given.device))
         return found, base
-
-
-def _softmax(scores: Tensor, among: Tensor) -> Tensor:
-    """Over some columns; zero elsewhere, and in rows without any."""
-    return scores.masked_fill(~among, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~among, 0.0)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,12 @@ class AVL(Method):
         ),
     )
     chunk_invariant = False  # what a prompt drops depends on its end
-    kept: float = 0.5  # share of the image's entries that stay, by what the prompt's last token gives them; theirs: 0.5
+    share: float = 0.5  # of the image's entries that stay, by what the prompt's last token gives them; theirs: 0.5
     core: float = 0.3  # share of them all that a step sees; the authors: 0.3
     every: int = 3  # steps after which the core is chosen anew; that step sees all that was kept; the authors: 3
 
     def __post_init__(self) -> None:
-        for name, good in (("kept", 0.5), ("core", 0.3)):
+        for name, good in (("share", 0.5), ("core", 0.3)):
             if not 0 < getattr(self, name) <= 1:
                 raise FieldError(self, name, getattr(self, name), "must lie above 0, and be 1 at most", good)
         if self.every < 1:
@@ -57,14 +57,14 @@ class AVL(Method):
 
     @classmethod
     def neutral(cls) -> AVL:
-        return cls(kept=1.0, core=1.0)
+        return cls(share=1.0, core=1.0)
 
     @classmethod
     def example(cls) -> AVL:
-        return cls(kept=0.5, core=0.3, every=2)
+        return cls(share=0.5, core=0.3, every=2)
 
     def idle(self, call: Call) -> bool:
-        return call.cross or self.kept == self.core == 1.0
+        return call.cross or self.share == self.core == 1.0
 
     @at(Site.MASK)
     def look(self, mask: Mask, call: Call) -> Mask:
@@ -94,7 +94,7 @@ class AVL(Method):
             return entries.is_filled
         given = _by_group(last_weights(entries, call, 1)[0], call)
         image = by_text(marked, call.regions("image"), entries.positions.position)
-        room = rooms(self.kept, torch.tensor(self._sizes(call), device=given.device)[:, None, None])
+        room = rooms(self.share, torch.tensor(self._sizes(call), device=given.device)[:, None, None])
         best = top_k(given, room, image & entries.is_text)
         return best | (entries.is_filled & ~image)
 

@@ -37,15 +37,15 @@ class TokenPooling(MergesTokens):
     )
     layers: tuple[int, ...] = (2, 5, 8)  # behind which tokens are pooled, from 0; of 12, as in that comparison
     share: float = 0.7  # of the patches that are left each time
-    steps: int = 3  # in which medoids move; 3 in that comparison
+    rounds: int = 3  # in which medoids move; 3 in that comparison
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 0:
             raise FieldError(self, "layers", self.layers, "must be numbers of layers, from 0 up", (2, 5, 8))
         if not 0 < self.share <= 1:
             raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.7)
-        if self.steps < 0:
-            raise FieldError(self, "steps", self.steps, "must be 0 or more steps", 3)
+        if self.rounds < 0:
+            raise FieldError(self, "rounds", self.rounds, "must be 0 or more steps", 3)
 
     @classmethod
     def neutral(cls) -> TokenPooling:
@@ -82,7 +82,7 @@ class TokenPooling(MergesTokens):
 
     def into(self, x: Tensor, weight: Tensor, count: int) -> Tensor:
         """The patch that each patch `[b p e]` goes into, `[b p]`."""
-        medoid, of = clustered(x, weight, count, self.steps)
+        medoid, of = clustered(x, weight, count, self.rounds)
         return medoid.gather(1, of)
 
 

@@ -1,4 +1,4 @@
-"""By the last queries: vertical and slash blocks up to a share gamma, or block means where these predict well."""
+"""By the last queries: vertical and slash blocks up to the share `mass`, or block means where these predict well."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class FlexPrefill(BlockSparse):
         "ICLR 2025",
         differs=(
             "Blocks of 64 tokens; the authors' default is 128.",
-            "Of a head that goes by block means the fewest blocks that reach gamma are taken, over all of its rows as "
-            "theirs; the block that crosses gamma is computed too.",
+            "Of a head that goes by block means the fewest blocks that reach `mass` are taken, over all of its rows as "
+            "theirs; the block that crosses it is computed too.",
             "Only attention that is causal is thinned out: a slash has no meaning elsewhere.",
             "A text of which more than `most` (90 %) of the blocks would be computed stays dense, being faster so.",
         ),
     )
     one_text = True
-    gamma: float = 0.95  # share of the weight that is computed; the authors: 0.9 to 0.95
+    mass: float = 0.95  # share of the weight that is computed; the authors' gamma: 0.9 to 0.95
     tau: float = 0.1  # root of the Jensen-Shannon divergence below which block means are trusted; the authors: 0.1
     least: int = 1024  # tokens that vertical and slash blocks span at least; the paper: 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.gamma <= 1:
-            raise FieldError(self, "gamma", self.gamma, "must lie above 0 and be at most 1", 0.95)
+        if not 0 < self.mass <= 1:
+            raise FieldError(self, "mass", self.mass, "must lie above 0 and be at most 1", 0.95)
         if not 0 <= self.tau <= 1:
             raise FieldError(self, "tau", self.tau, "must lie from 0 to 1", 0.1)
         if self.least < 0:
@@ -74,14 +74,14 @@ class FlexPrefill(BlockSparse):
         table = table | (far[..., None, :].expand(there.shape).gather(-1, there) & (apart >= 0))
         if bool(trusted.any()):
             pooled = grid.pooled(means(grid.query, grid.rows), means(grid.key, grid.cols))[trusted]
-            table[trusted] |= cover(pooled.flatten(1), self.gamma).view_as(pooled)
+            table[trusted] |= cover(pooled.flatten(1), self.mass).view_as(pooled)
         short = grid.length + grid.start <= max(2 * self.size, self.least)
         return table | short[:, None, None, None]
 
     def best(self, weight: Tensor, blocks: Tensor, trusted: Tensor) -> Tensor:
-        """Which blocks `[b h m]` are taken, the first always: as many as the fewest tokens up to gamma would fill."""
+        """Which blocks `[b h m]` are taken, the first always: as many as the fewest tokens up to `mass` would fill."""
         least = -(-self.least // self.size)
-        count = (cover(weight, self.gamma).sum(-1) // self.size + 1).clamp(min=least).masked_fill(trusted, least)
+        count = (cover(weight, self.mass).sum(-1) // self.size + 1).clamp(min=least).masked_fill(trusted, least)
         ranked = blocks.clone()
         ranked[..., 0] = torch.inf
         place = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

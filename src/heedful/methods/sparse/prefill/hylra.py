@@ -67,14 +67,14 @@ class HyLRA(BlockSparse):
 
     paper = PAPER
     one_text = True
-    keep: float = 0.25  # share of blocks that a reusing layer computes
+    share: float = 0.25  # of blocks that a reusing layer computes
     full: tuple[int, ...] | None = None  # layers that see all; None: every fourth, until fit() has chosen
     whole: float = 0.25  # share of layers that fit() lets see all
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.keep <= 1:
-            raise FieldError(self, "keep", self.keep, "must lie above 0 and be at most 1", 0.25)
+        if not 0 < self.share <= 1:
+            raise FieldError(self, "share", self.share, "must lie above 0 and be at most 1", 0.25)
         if not 0 < self.whole <= 1:
             raise FieldError(self, "whole", self.whole, "must lie above 0 and be at most 1", 0.25)
         if self.full is not None and any(x < 0 for x in self.full):
@@ -91,13 +91,13 @@ class HyLRA(BlockSparse):
     def choose(self, grid: Grid) -> Tensor | None:
         call = grid.call
         if call.layer % 4 == 0 if self.full is None else call.layer in self.full:
-            call.state.forward["table"] = best(block_map(grid), grid, self.keep), grid.open
+            call.state.forward["table"] = best(block_map(grid), grid, self.share), grid.open
             return None
         return lent(call, "table", grid)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> HyLRA:
         """Choose the full layers by how many of its top blocks each layer shares, on these texts, with those before."""
-        missed: Mapping[int, Tensor] = read(context, _Missed(self.keep, self.size), at_least_one(self, batches))
+        missed: Mapping[int, Tensor] = read(context, _Missed(self.share, self.size), at_least_one(self, batches))
         cost = torch.stack([missed[layer] for layer in sorted(missed)], 1)
         return replace(self, full=cheapest(cost, max(1, round(self.whole * len(cost)))))
 
@@ -118,7 +118,7 @@ def cheapest(cost: Tensor, count: int) -> tuple[int, ...]:
 class _Missed(Method):
     """The share of a layer's best blocks that are not among those of each layer before it, `[layers]`."""
 
-    keep: float = 0.25
+    share: float = 0.25
     size: int = 64
 
     def idle(self, call: Call) -> bool:
@@ -131,7 +131,7 @@ class _Missed(Method):
             return None
         weight = block_map(grid)
         rows = weight.sum(-1) > 0
-        own = best(weight, grid, self.keep)
+        own = best(weight, grid, self.share)
         call.state.forward[str(call.layer)] = own, grid.open
         missed = torch.zeros(call.depth, dtype=torch.float64)
         for layer in range(call.layer + 1):

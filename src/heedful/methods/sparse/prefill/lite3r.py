@@ -42,13 +42,13 @@ class Lite3R(Method):
     )
     one_text = True
     subjects = ("text", "image")
-    keep: float = 0.3  # share of its keys that a query's softmax sees; the authors: 0.3
+    share: float = 0.3  # of its keys that a query's softmax sees; the authors: 0.3
     start: float = 1e-3  # standard deviation of maps without a fit; the authors: 0.001
     maps: Fitted | None = None  # "map.LAYER" [d d]
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise FieldError(self, "keep", self.keep, "must lie above 0 and be at most 1", 0.3)
+        if not 0 < self.share <= 1:
+            raise FieldError(self, "share", self.share, "must lie above 0 and be at most 1", 0.3)
         if not 0 <= self.start < float("inf"):
             raise FieldError(self, "start", self.start, "must be 0 or more and finite", 1e-3)
 
@@ -73,7 +73,7 @@ class Lite3R(Method):
 
     @at(Site.SCORES)
     def narrow(self, scores: Tensor, call: Call) -> Tensor:
-        return scores.masked_fill(~highest(scores, call, self.keep), -torch.inf)
+        return scores.masked_fill(~highest(scores, call, self.share), -torch.inf)
 
     @at(Site.HEAD_OUTPUT)
     def add_linear(self, heads: Tensor, call: Call) -> Tensor:
@@ -82,7 +82,7 @@ class Lite3R(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Lite3R:
         maps = {}
-        for layer, both in read(context, _Lost(self.keep), at_least_one(self, batches)).items():
+        for layer, both in read(context, _Lost(self.share), at_least_one(self, batches)).items():
             gram, cross = both.value.chunk(2, -1)
             ridge = DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             maps[f"map.{layer}"] = torch.linalg.solve(gram + ridge, cross).mT.float()
@@ -93,14 +93,14 @@ class _Lost(Method):
     """Products of linear attention `x` with itself and with what few keys lose of each head: `[x^T x, x^T lost]`."""
 
     whole_map = True
-    keep: float
+    share: float
 
     @reads(Site.PATTERN)
     def read(self, weights: Tensor, call: Call) -> Sum:
         x = linear(call)
         if call.value is None:
             raise SiteError(f"layer {call.layer}: values are not known")
-        few = weights.masked_fill(~highest(weights, call, self.keep), 0.0)
+        few = weights.masked_fill(~highest(weights, call, self.share), 0.0)
         lost = weights - few / few.sum(-1, keepdim=True).clamp(min=torch.finfo(few.dtype).tiny)
         lost = lost @ call.spread(call.value[:, :, call.cols]).to(lost.dtype)
         x = x.double() * call.is_text[..., None]

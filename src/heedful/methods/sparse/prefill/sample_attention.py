@@ -1,4 +1,4 @@
-"""The fewest key blocks that get a share alpha from a sample of true rows, and a window of a share of the text."""
+"""The fewest key blocks that get the share `mass` of a sample of true rows, and a window of a share of the text."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class SampleAttention(BlockSparse):
         ),
     )
     one_text = True
-    alpha: float = 0.95  # share of the sampled rows' weight that is computed; the paper: 0.95
+    mass: float = 0.95  # share of the sampled rows' weight that is computed; the paper's alpha: 0.95
     rows: float = 0.05  # share of rows that are sampled; the paper: 0.05
     window: float = 0.08  # share of the text that each query sees behind itself; the paper: 0.08
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.alpha <= 1:
-            raise FieldError(self, "alpha", self.alpha, "must lie above 0 and be at most 1", 0.95)
+        if not 0 < self.mass <= 1:
+            raise FieldError(self, "mass", self.mass, "must lie above 0 and be at most 1", 0.95)
         if not 0 < self.rows <= 1:
             raise FieldError(self, "rows", self.rows, "must lie above 0 and be at most 1", 0.05)
         if not 0 <= self.window <= 1:
@@ -57,7 +57,7 @@ class SampleAttention(BlockSparse):
         for weights, _ in grid.weights(at):
             received[..., : weights.shape[3]] += weights.sum(2).sum(-1)
         width = (self.window * (grid.length + grid.start)).ceil().long()
-        return cover(received, self.alpha)[..., None, :] | grid.band(width)
+        return cover(received, self.mass)[..., None, :] | grid.band(width)
 
 
 if __name__ == "__main__":

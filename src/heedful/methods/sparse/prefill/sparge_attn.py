@@ -1,4 +1,4 @@
-"""softmax(mean q . mean k) by blocks, the fewest blocks that reach tau; blocks of unlike tokens are always computed."""
+"""softmax(mean q . mean k) by blocks, the fewest that reach `mass`; blocks of unlike tokens are always computed."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class SpargeAttn(BlockSparse):
             "The first stage alone: products of weights and values that are small against the running maximum are not "
             "skipped, and nothing is rounded to 8 bits.",
             "Blocks are square, 64 x 64; the authors take 128 queries by 64 keys.",
-            "The block with which the sum reaches tau is computed too, so that tau = 1 is dense; theirs is not.",
+            "The block with which the sum reaches `mass` is computed too, so that mass = 1 is dense; theirs is not.",
             "The block of a query's own key is always computed.",
             "Thresholds are given, and the same for all heads; the authors may search them for each head.",
             "A text of which more than `most` (90 %) of the blocks would be computed stays dense, being faster so.",
         ),
     )
     one_text = True
-    tau: float = 0.98  # share of the predicted weight that is computed; the authors' code: 0.98
+    mass: float = 0.98  # share of the predicted weight that is computed; the authors' tau: 0.98
     alike: float = 0.6  # mean cosine between a block's tokens below which it is always computed; their code: 0.6
 
     sink: bool = True  # the first block is always computed; an option of the authors' code, off there
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.tau <= 1:
-            raise FieldError(self, "tau", self.tau, "must lie above 0 and be at most 1", 0.98)
+        if not 0 < self.mass <= 1:
+            raise FieldError(self, "mass", self.mass, "must lie above 0 and be at most 1", 0.98)
         if not -1 <= self.alike <= 1:
             raise FieldError(self, "alike", self.alike, "must lie from -1 to 1", 0.6)
 
@@ -59,7 +59,7 @@ class SpargeAttn(BlockSparse):
         like_query = self.like(query, grid.rows)[..., None]
         like_key = grid.call.spread(self.like(key, grid.cols))[:, :, None]
         weight = grid.pooled(means(query, grid.rows), means(key, grid.cols), grid.open & like_key)
-        table = cover(weight, self.tau) | ~like_query | ~like_key
+        table = cover(weight, self.mass) | ~like_query | ~like_key
         table[..., 0] |= self.sink
         return table
 

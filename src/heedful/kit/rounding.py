@@ -13,7 +13,7 @@ DAMPING = 0.01  # share of a Hessian's mean diagonal that is added to it, so tha
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class Rounding:
     """The values step * (code - zero) of whole codes from `low` to `high`; each row has its own step and zero."""
 
     step: Tensor  # [... o 1], above 0
@@ -22,18 +22,18 @@ class Grid:
     high: int
 
     @staticmethod
-    def absmax(x: Tensor, bits: int) -> Grid:
+    def absmax(x: Tensor, bits: int) -> Rounding:
         """Of `x [... o i]`: each row's largest magnitude is the highest value, and zero a value."""
         top = 2 ** (bits - 1) - 1
         step = above_zero(x.abs().amax(-1, keepdim=True) / top)
-        return Grid(step, torch.zeros_like(step), -top - 1, top)
+        return Rounding(step, torch.zeros_like(step), -top - 1, top)
 
     @staticmethod
-    def minmax(x: Tensor, bits: int) -> Grid:
+    def minmax(x: Tensor, bits: int) -> Rounding:
         """Of `x [... o i]`: from each row's lowest to its highest, zero among them."""
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
         step = above_zero((high - low) / (2**bits - 1))
-        return Grid(step, (-low / step).round(), 0, 2**bits - 1)
+        return Rounding(step, (-low / step).round(), 0, 2**bits - 1)
 
     def codes(self, x: Tensor) -> Tensor:
         """The nearest codes, counted from that of zero."""
@@ -43,7 +43,7 @@ class Grid:
         """The nearest values."""
         return self.step * self.codes(x)
 
-    def searched(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Grid:
+    def searched(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Rounding:
         """The same with the step of each row, of those up to 80 % smaller, that makes `loss` of its errors least.
 
         What lies outside is cut off, which pays where few numbers are large. `loss` makes `[... o 1]` of `[... o i]`.
@@ -74,7 +74,7 @@ def inverse_root(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
 
-def compensated(x: Tensor, root: Tensor, grid: Grid, drift: Tensor | None = None) -> Tensor:
+def compensated(x: Tensor, root: Tensor, grid: Rounding, drift: Tensor | None = None) -> Tensor:
     """Rows `x [... o i]` on a grid, column by column: what one loses, the columns after it make up for as they can.
 
     The loss is e H eᵀ of a row's error e; `root` is `inverse_root` of H. `drift [... i i]`, where the inputs are not

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful.conformance.tolerances import close
-from heedful.kit.grids import Grid, compensated, damped, inverse_root
+from heedful.kit.rounding import Rounding, compensated, damped, inverse_root
 
 
 def weights(rows: int = 3, columns: int = 5) -> Tensor:
@@ -23,20 +23,20 @@ def nearest(x: float, values: list[float]) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_the_largest_magnitude_is_the_highest_value(bits: int) -> None:
     x = weights()
-    found = Grid.absmax(x, bits).of(x)
+    found = Rounding.absmax(x, bits).of(x)
     for row, got in zip(x.tolist(), found.tolist(), strict=True):
         step = max(map(abs, row)) / (2 ** (bits - 1) - 1)
         values = [step * code for code in range(-(2 ** (bits - 1)), 2 ** (bits - 1))]
         for number, rounded in zip(row, got, strict=True):
             assert math.isclose(rounded, nearest(number, values), abs_tol=1e-12)
-    grid = Grid.absmax(torch.tensor([[3.0, -1.0]]), 3)
+    grid = Rounding.absmax(torch.tensor([[3.0, -1.0]]), 3)
     assert grid.codes(torch.tensor([[9.0, -9.0]])).tolist() == [[3.0, -4.0]]  # and beyond it is cut off
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_from_the_lowest_to_the_highest_with_zero_among_them(bits: int) -> None:
     x = torch.cat([weights(), weights(1).abs() + 1, -weights(1).abs() - 1])
-    grid = Grid.minmax(x, bits)
+    grid = Rounding.minmax(x, bits)
     found = grid.of(x)
     for row, got in zip(x.tolist(), found.tolist(), strict=True):
         low, high = min(0.0, *row), max(0.0, *row)
@@ -50,14 +50,14 @@ def test_from_the_lowest_to_the_highest_with_zero_among_them(bits: int) -> None:
 
 def test_a_row_of_zeros_stays() -> None:
     x = torch.zeros(2, 3)
-    for grid in (Grid.absmax(x, 4), Grid.minmax(x, 4)):
+    for grid in (Rounding.absmax(x, 4), Rounding.minmax(x, 4)):
         assert grid.step.tolist() == [[1.0], [1.0]]
         assert torch.equal(grid.of(x), x)
 
 
 def test_the_searched_step_is_the_best_of_eighty() -> None:
     x = weights(4, 9)
-    grid = Grid.absmax(x, 3)
+    grid = Rounding.absmax(x, 3)
     found = grid.searched(x, lambda e: e.square().sum(-1, keepdim=True))
     assert (found.low, found.high) == (-4, 3)
     for r, row in enumerate(x.tolist()):
@@ -97,7 +97,7 @@ def test_the_root_is_of_the_inverse() -> None:
 def test_columns_make_up_for_those_before_them() -> None:
     """Each column is rounded; the later ones then take the values that make the loss least, given those before."""
     x, hessian = weights(), damped(spread())
-    grid = Grid.absmax(x, 3)
+    grid = Rounding.absmax(x, 3)
     found = compensated(x, inverse_root(hessian), grid)
     for r in range(3):
         wanted, rest = torch.zeros(5, dtype=torch.float64), x[r].clone()
@@ -115,7 +115,7 @@ def test_columns_make_up_for_those_before_them() -> None:
 
     assert loss(found) < loss(plain)
     assert close(compensated(x, inverse_root(torch.eye(5, dtype=torch.float64)), grid), plain)
-    both = compensated(torch.stack([x, x]), inverse_root(torch.stack([hessian, hessian])), Grid.absmax(x, 3))
+    both = compensated(torch.stack([x, x]), inverse_root(torch.stack([hessian, hessian])), Rounding.absmax(x, 3))
     assert torch.equal(both[0], both[1])
     assert close(both[0], found)
 
@@ -127,7 +127,7 @@ def test_columns_make_up_for_what_the_inputs_lack() -> None:
     hessian, cross = damped(inputs.T @ inputs), lacks.T @ inputs
     root = inverse_root(hessian)
     drift = (cross @ root.T).triu(1) @ root
-    fine = Grid(
+    fine = Rounding(
         torch.full((400, 1), 2.0**-48, dtype=torch.float64), torch.zeros(400, 1, dtype=torch.float64), -(2**52), 2**52
     )
     found = compensated(x, root, fine, drift)
