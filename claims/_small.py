@@ -37,7 +37,7 @@ from heedful.laboratory.training import fresh, opened
 STEPS, FEW = 2, 4
 AT_MOST = {  # by the names that claims give to how often or with how many, and to what a training must reach
     **dict.fromkeys(("BATCHES", "EPOCHS", "FIT_STEPS", "LESSONS", "REPEATS", "ROUNDS", "SEEDS", "STEPS"), STEPS),
-    **dict.fromkeys(("DOCUMENTS", "DRAWS", "EXAMPLES", "HELD_OUT", "ITEMS", "LEARN", "PICTURES", "PROMPTS"), FEW),
+    **dict.fromkeys(("DRAWS", "EXAMPLES", "HELD_OUT", "ITEMS", "LEARN", "PICTURES", "PROMPTS"), FEW),
     **dict.fromkeys(("QUESTIONS", "SEARCHED", "SENTENCES", "SHOTS", "SHOWN", "TEXTS", "TIMES", "TRAINED"), FEW),
     **dict.fromkeys(("TRIED", "TURNS", "UNSEEN"), FEW),
     "KNOWS": 0.0,
