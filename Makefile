@@ -78,7 +78,7 @@ coverage: setup ## line and branch coverage of the test suite
 docs: setup ## the generated parts of the docs
 	$(BIN)/python docs/generate.py
 
-claims: setup ## measure the claims that have no result yet (ARGS=--again: all of them, which takes most of a day)
+claims: setup ## measure the claims that have no result yet (ARGS=--again: all, which takes most of a day; --try: see that all still run)
 	$(BIN)/python -m claims.ledger $(ARGS)
 
 sweep: setup ## measure coverage over every class of the installed transformers (half an hour; it resumes; ARGS="--out FILE", then --keep)

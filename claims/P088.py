@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 
 from claims._loaded import default
 from claims.ledger import Claim, run
@@ -42,20 +43,25 @@ def example(draw: random.Random) -> tuple[dict[str, Any], int]:
 
 
 def chosen_heads(directions: Fitted) -> list[tuple[int, int]]:
-    found = [
-        (int(name[2:]), i) for name, d in directions.items() if name[0] == "q" for i in range(len(d)) if d[i].any()
-    ]
-    return sorted(found)
+    """Layers and heads that a fit has given a direction."""
+    return sorted((int(name[2:]), i) for name, d in directions.items() for i in range(len(d)) if d[i].any())
 
 
-def random_like(directions: Fitted, elsewhere: bool) -> Fitted:
-    """Random directions of the same lengths in the same heads; or d_Q as learned, moved to other heads of its layer."""
+def random_like(directions: Fitted) -> Fitted:
+    """Random directions of the same lengths in the same heads."""
+    return Fitted(
+        {name: normalize(torch.randn_like(d), dim=-1) * d.norm(dim=-1, keepdim=True) for name, d in directions.items()}
+    )
+
+
+def moved(directions: Fitted) -> Fitted:
+    """As learned, in heads of the same layer that were not chosen."""
     out = {}
     for name, d in directions.items():
-        noise = torch.nn.functional.normalize(torch.randn_like(d), dim=-1) * d.norm(dim=-1, keepdim=True)
-        out[name] = noise
-        if elsewhere and name[0] == "q":
-            out[name] = d.roll(int(torch.randint(1, len(d), ())), 0)
+        chosen = [i for i in range(len(d)) if d[i].any()]
+        others = [i for i in range(len(d)) if i not in chosen]
+        places = torch.tensor(others, dtype=torch.long)[torch.randperm(len(others))[: len(chosen)]]
+        out[name] = torch.zeros_like(d).index_copy(0, places, d[chosen[: len(places)]])
     return Fitted(out)
 
 
@@ -84,8 +90,8 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         "none": None,
         "learned": method,
         "learned, turned away": replace(method, alpha=-ALPHA),
-        "random directions": replace(method, directions=random_like(method.directions, elsewhere=False)),
-        "learned, other heads": replace(method, directions=random_like(method.directions, elsewhere=True)),
+        "random directions": replace(method, directions=random_like(method.directions)),
+        "learned, other heads": replace(method, directions=moved(method.directions)),
     }
     for name, part in ways.items():
         numbers[f"mass, {name}"], numbers[f"log-probability, {name}"] = score(part)

@@ -11,6 +11,7 @@ from heedful import attach
 from heedful.methods.observe.attention_profile import AttentionProfile
 
 TEXTS, TOKENS = 8, 128  # a seed; the paper's length
+HALF = 0.5  # of attention: the paper's words are "over half"
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
@@ -40,7 +41,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         "divergence within layers": float(apart[alike & ~other].mean()),
         "divergence between layers": float(apart[~alike].mean()),
     }
-    return numbers["attention on [SEP], upper half of the layers"] - 1 / TOKENS, numbers
+    return numbers["attention on [SEP], upper half of the layers"] - HALF, numbers
 
 
 CLAIM = Claim(
@@ -51,10 +52,10 @@ CLAIM = Claim(
     paper_number="over half on [SEP] in layers 6 to 10 of BERT-base; 4 heads over half on the previous token, 5 on the "
     "next",
     setup="MiniLM-L6 (six layers, trained for sentence embeddings), 8 of Python's help texts a seed cut to 128 tokens, "
-    "so with one [SEP] at the end where the paper's texts have two. The syntax probes are not tested.",
-    effect="share of attention on [SEP] in the upper half of the layers, less its share of the tokens",
+    "so with one [SEP] at the end where the paper's texts have two. The syntax probes are not tested. (Judged "
+    "before by what is above [SEP]'s share of the tokens, which any glance at it is: +0.004, weaker.)",
+    effect="share of attention on [SEP] in the upper half of the layers, less a half",
     measure=measure,
-    strong=0.5,
 )
 
 

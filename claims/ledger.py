@@ -1,7 +1,8 @@
 """What a claim is, how it is measured over seeds, and what verdict the numbers give.
 
 python -m claims.P025            measures one claim and writes claims/results/P025.json
-python -m claims.ledger          measures what is not measured yet   [--again]
+python -m claims.ledger          measures what is not measured yet   [KEYS] [--again]
+python -m claims.ledger --try    sees that each claim still runs, at its smallest, and writes nothing   [KEYS]
 python -m claims.ledger --page   prints the page that the docs show
 python -m claims.ledger --judge  renews verdicts and words of stored effects after the rule or a sentence changed
 """
@@ -201,11 +202,25 @@ def judge() -> None:
             path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def try_out(chosen: dict[str, Claim]) -> None:
+    """Run each claim at its smallest, and exit with what went wrong."""
+    from claims._small import tried
+
+    faults = 0
+    for key, seconds, fault in tried(chosen):
+        print(f"{key}: {fault or 'runs'}, {seconds:.1f} s", flush=True)
+        faults += bool(fault)
+    if faults:
+        raise SystemExit(f"{faults} of {len(chosen)} claims no longer run")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure the claims of the ledger")
+    parser.add_argument("keys", nargs="*", help="of claims, as in P228; none: all")
     parser.add_argument("--again", action="store_true", help="measure those that have a record too")
     parser.add_argument("--page", action="store_true", help="print the docs' page and measure nothing")
     parser.add_argument("--judge", action="store_true", help="renew verdicts and words, and measure nothing")
+    parser.add_argument("--try", action="store_true", dest="tries", help="see that each still runs, and write nothing")
     asked = parser.parse_args()
     if asked.judge:
         judge()
@@ -215,7 +230,14 @@ def main() -> None:
 
         sys.stdout.write(page())
         return
-    for key, claim in claims().items():
+    found = claims()
+    if unknown := set(asked.keys) - found.keys():
+        parser.error(f"no claim has the key {', '.join(sorted(unknown))}; P228 is one")
+    chosen = {key: claim for key, claim in found.items() if key in (asked.keys or found)}
+    if asked.tries:
+        try_out(chosen)
+        return
+    for key, claim in chosen.items():
         if asked.again or not (RESULTS / f"{key}.json").exists():
             run(claim)
 
