@@ -13,14 +13,16 @@ from torch import Tensor
 
 from heedful import Method, Prompt, Site, Stack
 from heedful.authoring import Fitted, at
+from heedful.catalogue import entries
 from heedful.core import errors
 from heedful.core.call import Call, Phase
 from heedful.core.column_ranges import intersection, union
+from heedful.core.entry import CatalogueEntry
 from heedful.core.errors import CatalogueError, ClashError, DefinitionError, FieldError, HeedfulError, nearest
 from heedful.core.mask import Causal, First, Mask, Rule, Where, Window
 from heedful.core.paper import Paper
 from heedful.core.positions import Pairs, Positions
-from heedful.core.sites import reads
+from heedful.core.sites import HEADLESS_SITES, reads
 from heedful.core.stats import Sum
 
 from .samples import PAPER, Narrow, Scale, Shares, Zero
@@ -113,6 +115,21 @@ def test_wrong_methods_are_refused_when_defined() -> None:
         type("Odd", (Method,), {"paper": PAPER, **body})
 
 
+@pytest.mark.parametrize("kind", entries().values(), ids=lambda kind: kind.__name__)
+def test_what_cannot_be_for_some_heads_says_so(kind: type[CatalogueEntry]) -> None:
+    """A method that acts on tokens and not on heads, and what is no method, refuse `.on(heads=...)` in words."""
+    made = kind.example()
+    if not isinstance(made, Method):
+        for restrict in (made.on, made.when):
+            with pytest.raises(
+                DefinitionError, match=r"\(\): it goes to heedful\.\w+\(\), and methods alone act in some"
+            ):
+                restrict(0)
+    elif {edit.site for edit in made.edits} & (HEADLESS_SITES | {Site.MIX}):
+        with pytest.raises(FieldError, match=r"heads = \(0,\): it acts at \w+, which has no head axis; leave them out"):
+            made.on(heads=0)
+
+
 def test_stacks_hold_methods_only() -> None:
     with pytest.raises(DefinitionError, match="not the class Scale"):
         Scale() | Scale  # type: ignore[operator]
@@ -125,7 +142,7 @@ def test_stacks_hold_methods_only() -> None:
     [
         (lambda: Scale().on(layers=[]), r"Scale.on\(\).layers = \[\]: must be one or more numbers"),
         (lambda: Scale().on(heads=-1), r"Scale.on\(\).heads = -1"),
-        (lambda: Mixer().on(heads=0), "MIX has no head axis"),
+        (lambda: Mixer().on(heads=0), "it acts at MIX, which has no head axis; leave them out"),
         (lambda: Scale().when("later"), r"must be 'prefill' or 'decode'; for example phase='prefill'"),
         (lambda: Window(0), "Window.size = 0: must be 1 or more keys"),
         (lambda: First(-1), "First.count = -1"),

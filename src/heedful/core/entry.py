@@ -172,6 +172,18 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         """A new one fitted to data; those without anything to fit return themselves."""
         return self
 
+    def on(self, *_: Any, **__: Any) -> Any:
+        """Methods alone can be restricted."""
+        raise self._whole("on")
+
+    def when(self, *_: Any, **__: Any) -> Any:
+        """Methods alone can be restricted."""
+        raise self._whole("when")
+
+    def _whole(self, word: str) -> DefinitionError:
+        name, where = type(self).__name__, self.handed_to
+        return DefinitionError(f"{name}.{word}(): it goes to {where}, and methods alone act in some layers or heads")
+
     def __repr__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(changed)})"

@@ -183,7 +183,8 @@ class Scoped:
         if heads is not None:
             for edit in self.method.edits:
                 if edit.site in HEADLESS_SITES or edit.site is Site.MIX:
-                    raise FieldError(f"{name}.on()", "heads", heads, f"{edit.site.name} has no head axis", None)
+                    rule = f"it acts at {edit.site.name}, which has no head axis; leave them out"
+                    raise FieldError(f"{name}.on()", "heads", heads, rule, None)
                 if "carried" in edit.sums:
                     raise FieldError(f"{name}.on()", "heads", heads, "it follows the mean over all heads", None)
         return replace(self, layers=layers or self.layers, heads=heads or self.heads)
