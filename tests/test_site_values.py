@@ -54,6 +54,22 @@ def test_they_are_what_the_models_modules_hand_on() -> None:
     assert fingerprint(model) == before
 
 
+def test_several_sites_are_read_in_one_forward() -> None:
+    model: Any = models.tiny("llama")
+    asked: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: asked.append(1))
+    sites = [Site.KEY, Site.EMBEDDING, Site.RESIDUAL, Site.HEAD_OUTPUT]
+    found = activations(model, IDS, sites, layers=[0, 1])
+    assert len(asked) == 1
+    assert list(found) == sites
+    assert list(activations(model, IDS, [Site.KEY], layers=1)[Site.KEY]) == [1]
+    handle.remove()
+    for site in sites:
+        alone = activations(model, IDS, site)
+        assert list(found[site]) == list(alone)
+        assert all(torch.equal(found[site][layer], alone[layer]) for layer in alone)
+
+
 def test_several_texts_are_a_batch_padded_on_the_right() -> None:
     loaded = llava()
     model, words = models.tiny("llama"), loaded.tokenizer
@@ -137,9 +153,11 @@ def test_a_heads_output_put_into_another_text_is_patching() -> None:
         (
             Site.PATTERN,
             {},
-            r"activations\(\)\.site = .*heedful\.patterns\(\) reads it; must be one of EMBEDDING, HIDDEN",
+            r"activations\(\)\.site = .*heedful\.patterns\(\) reads PATTERN; must be one or more of EMBEDDING, HIDDEN",
         ),
-        (Site.MASK, {}, "must be one of EMBEDDING"),
+        (Site.MASK, {}, "must be one or more of EMBEDDING"),
+        ([Site.KEY, Site.MASK], {}, "must be one or more of EMBEDDING"),
+        ([], {}, "must be one or more of EMBEDDING"),
         (Site.RESIDUAL, {"layers": 7}, "must be below 2, the layers served"),
         ("residual", {}, "must be Site"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,47 @@ from heedful.models import Loaded
 WHOLE = (Site.EMBEDDING, Site.HIDDEN, Site.QUERY, Site.KEY, Site.VALUE, Site.HEAD_OUTPUT, Site.OUTPUT, Site.RESIDUAL)
 
 
-@torch.no_grad()
-@asks
+Text = str | Tensor | Iterable[int] | Mapping[str, Any] | Sequence[str | Tensor | Sequence[int]]
+
+
+@overload
 def activations(
     model: nn.Module | Loaded,
-    text: str | Tensor | Iterable[int] | Mapping[str, Any] | Sequence[str | Tensor | Sequence[int]],
+    text: Text,
     site: Site,
     *,
     layers: Iterable[int] | int | None = None,
     tokenizer: Tokenizer | None = None,
     stack: Part | Stack | None = None,
     **how: Any,
-) -> dict[int, Tensor]:
+) -> dict[int, Tensor]: ...
+
+
+@overload
+def activations(
+    model: nn.Module | Loaded,
+    text: Text,
+    site: Sequence[Site],
+    *,
+    layers: Iterable[int] | int | None = None,
+    tokenizer: Tokenizer | None = None,
+    stack: Part | Stack | None = None,
+    **how: Any,
+) -> dict[Site, dict[int, Tensor]]: ...
+
+
+@torch.no_grad()
+@asks
+def activations(
+    model: nn.Module | Loaded,
+    text: Text,
+    site: Site | Sequence[Site],
+    *,
+    layers: Iterable[int] | int | None = None,
+    tokenizer: Tokenizer | None = None,
+    stack: Part | Stack | None = None,
+    **how: Any,
+) -> dict[int, Tensor] | dict[Site, dict[int, Tensor]]:
     """What stands at a site in each layer, or in the `layers` named: `activations(model, text, Site.HEAD_OUTPUT)[3]`.
 
     `text` is a string, token ids, an image's pixels, a list of these, or all that the model is called with, a batch
@@ -43,17 +72,20 @@ def activations(
     right. Shapes are the site's, as `[b h n d]` of HEAD_OUTPUT and `[b n e]` of RESIDUAL, padding included; take that
     on the left away before `Patch`, whose values stand by text position. EMBEDDING stands before the first layer
     alone, and half precision is shown as single. Under a `stack` it is what that leaves. `how` goes to `attach`.
+    Several sites are read in one forward: `activations(model, text, [Site.QUERY, Site.KEY])[Site.KEY][3]`.
     `heedful.patterns` reads PATTERN.
     """
-    if site not in WHOLE:
-        other = "heedful.patterns() reads it; " if site is Site.PATTERN else ""
-        rule = f"{other}must be one of {', '.join(x.name for x in WHOLE)}"
+    sites = (site,) if isinstance(site, Site) else tuple(dict.fromkeys(site))
+    if not sites or not set(sites) <= set(WHOLE):
+        other = "heedful.patterns() reads PATTERN; " if Site.PATTERN in sites else ""
+        rule = f"{other}must be one or more of {', '.join(x.name for x in WHOLE)}"
         raise FieldError("activations()", "site", site, rule, Site.HEAD_OUTPUT)
     given = model if isinstance(model, Loaded) else Loaded(inside(model), None, "")
-    keeper = keeping(site).on(layers)
-    with still(given.model), attach(given.model, as_stack(stack) | keeper, **how) as run:
+    keepers = Stack(tuple(keeping(one).on(layers) for one in sites))
+    with still(given.model), attach(given.model, as_stack(stack) | keepers, **how) as run:
         run(**fed_each("activations()", given.model, text, tokenizer or given.tokenizer))
-        return {layer: stat.value[0].clone() for layer, stat in run[keeper].items()}
+        each = [{layer: stat.value[0].clone() for layer, stat in run[keeper].items()} for keeper in keepers]
+    return each[0] if isinstance(site, Site) else dict(zip(sites, each, strict=True))
 
 
 @cache
