@@ -69,7 +69,7 @@ format: setup ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: setup ## mypy over the package and the claims
+types: setup ## mypy over the package, the claims and the benchmarks
 	$(BIN)/mypy
 
 coverage: setup ## line and branch coverage of the test suite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import Any
 
 from benchmarks.speed.timing import RECORDS
 from heedful.catalogue import entries
@@ -28,7 +29,7 @@ Of {rows} rows {counts}. Beside {run} the authors' own functions were run, on th
 def page() -> str:
     """The docs page."""
     told = json.loads((RECORDS / "fidelity.json").read_text(encoding="utf-8"))
-    of = [*entries().values(), *functions().values()]
+    of: list[Any] = [*entries().values(), *functions().values()]
     links = {paper.key: f"[{paper.key}]({paper.link})" for one in of if one.paper for paper in one.paper.every}
     found = Counter(row["whose"] for row in told["rows"])
     counts = ", ".join(f"{found[whose]} rest on {said}" for whose, said in WHOSE.items())

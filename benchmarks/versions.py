@@ -21,6 +21,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.deprecations import told
 
@@ -86,7 +87,7 @@ def uv(*command: str | Path) -> None:
     subprocess.run([Path(sys.executable).with_name("uv"), *command, "--quiet"], check=True, cwd=ROOT)
 
 
-def measure(name: str, wheel: Path) -> dict[str, object]:
+def measure(name: str, wheel: Path) -> dict[str, Any]:
     """Install and run; the outcome is what pytest's last line says."""
     requirements, resolution = asked(name)
     with tempfile.TemporaryDirectory(prefix="heedful-") as folder:
@@ -104,7 +105,7 @@ def measure(name: str, wheel: Path) -> dict[str, object]:
         )  # fmt: skip
         versions = installed(python)
         lines = [line for line in run.stdout.splitlines() if line.strip()]
-        row = {
+        row: dict[str, Any] = {
             "set": name, "versions": versions, "passed": run.returncode == 0,
             "outcome": lines[-1].strip("= ") if lines else run.stderr.strip()[-200:],
             "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))][:20],

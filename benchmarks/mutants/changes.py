@@ -185,7 +185,8 @@ def changed(source: str, mutant: Mutant) -> ast.Module:
         def visit(self, node: ast.AST) -> ast.AST:
             return made if node is target else self.generic_visit(node)
 
-    return ast.fix_missing_locations(Put().visit(tree))
+    whole: ast.Module = Put().visit(tree)
+    return ast.fix_missing_locations(whole)
 
 
 def choose(found: list[Mutant], most: int, seed: str) -> list[Mutant]:

@@ -84,7 +84,7 @@ class Judges(Method):
             edit = next(e for e in method.edits if e.site is Site.CACHE)
             seen = replace(call, state=State(forward=dict(call.state.forward)))
             self.found[i, call.layer] = getattr(method, edit.name)(entries, seen)
-        return entries.valid
+        return entries.is_filled
 
 
 def split(item: Item) -> dict[str, list[int]]:

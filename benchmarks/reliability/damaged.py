@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ def damaged(count: int) -> dict[str, Any]:
 
     found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as home:
-        files = damage.files.__wrapped__(_Folders(Path(home)))
+        files = inspect.unwrap(damage.files)(_Folders(Path(home)))  # the function that the fixture is made of
         for name in damage.PLANS:
             place = Path(home) / name
             place.mkdir()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from heedful.core.kinds import Progress
 from heedful.diagnosis.shards import Piece
 from heedful.diagnosis.workers import Pieces, Ray, Read, Workers
 
@@ -92,7 +93,7 @@ def checkpoints(count: int) -> dict[str, Any]:
     loaded, told = models.default(), list[float]()
     given = _Saved(_piece(loaded, 400, 2048))
 
-    def note(now: running.Progress) -> None:
+    def note(now: Progress) -> None:
         if now.stage == "corpus" and now.done:
             told.append(time.perf_counter())
 
@@ -183,7 +184,6 @@ def _rate(workers: int, shards: int = 16, documents: int = 2) -> tuple[float, fl
     """Documents a second from the second shard that is there to the last, and the seconds of the whole job."""
     from heedful import diagnose, models
     from heedful.diagnosis.corpus import Corpus
-    from heedful.diagnosis.run import Progress
 
     times: list[float] = []
 

@@ -66,7 +66,8 @@ def gaps(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
         seen = seen & ((apart < 64) | (torch.arange(m) < 4))
     k, v = (x.repeat_interleave(h // g, 1) for x in (k, v))
     how = (call.scale, case.softcap)
-    exact = step_by_step(*(x.double() for x in (q, k, v)), seen, None if bias is None else bias.double(), *how)
+    wide = None if bias is None else bias.double()
+    exact = step_by_step(q.double(), k.double(), v.double(), seen, wide, *how)
     if case.beside == STEPS:
         theirs = step_by_step(q, k, v, seen, bias, *how)
     else:

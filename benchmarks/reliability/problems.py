@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -126,7 +127,8 @@ class Problem:
             tensors = [x.double() for x in given] if wide else given
             method = asks(heard) if listens else calls.Same()
             tensors = [x.detach().requires_grad_() for x in tensors] if back else tensors
-            heads = calls.run(backend, method, *tensors, call, sink, bias)
+            q, k, v = tensors
+            heads = calls.run(backend, method, q, k, v, call, sink, bias)
             told = {part: x for part in parts if heard and isinstance(x := getattr(heard[0], part), Tensor)}
             if back:
                 told |= dict(zip(WAYS, calls.back(heads, tensors, call), strict=True))
@@ -181,12 +183,9 @@ def on_path(path: str) -> Iterator[None]:
     """A `with` in which the kernel runs on one instruction set."""
     from heedful.engine.backends import native as backend
 
-    kernel, before = replace(native.library(), path=path), backend.library  # type: ignore[type-var]
-    backend.library = lambda: kernel  # type: ignore[assignment,return-value]
-    try:
+    kernel = replace(native.library(), path=path)  # type: ignore[type-var]
+    with patch.object(backend, "library", lambda: kernel):
         yield
-    finally:
-        backend.library = before
 
 
 def sanitizing(folder: Path) -> dict[str, str]:

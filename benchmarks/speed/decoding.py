@@ -118,6 +118,6 @@ def measure(tokens: int = 1024, rounds: int = 5) -> None:
         for name, each in found.items() if turn else ():
             taken[name].append(each)
     operations = {name: added(model, ids, what) for name, what in RUNS.items()}
-    rows = [{"tokens": tokens, "found": told(taken, BASE), "added": operations}]
+    rows: list[dict[str, Any]] = [{"tokens": tokens, "found": told(taken, BASE), "added": operations}]
     print({name: (x["ratio"], operations.get(name)) for name, x in rows[0]["found"].items()}, flush=True)
     record("decoding", rows, baseline=BASE, model="SmolLM2-135M")

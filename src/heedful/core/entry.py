@@ -174,14 +174,17 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         """A new one fitted to data; those without anything to fit return themselves."""
         return self
 
-    if not TYPE_CHECKING:  # to whom it would look as if there were any name
+    def on(self, *_: Any, **__: Any) -> Any:
+        """Methods alone can be restricted."""
+        raise self._whole("on")
 
-        def __getattr__(self, name: str) -> Any:
-            """Say who may be restricted, where somebody would restrict another."""
-            told = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if name in ("on", "when"):
-                told += f": it goes to {self.handed_to}, and methods alone act in some layers, heads or phases"
-            raise AttributeError(told, name=name, obj=self)
+    def when(self, *_: Any, **__: Any) -> Any:
+        """Methods alone can be restricted."""
+        raise self._whole("when")
+
+    def _whole(self, word: str) -> DefinitionError:
+        name, where = type(self).__name__, self.handed_to
+        return DefinitionError(f"{name}.{word}(): it goes to {where}, and methods alone act in some layers or heads")
 
     def __repr__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]
