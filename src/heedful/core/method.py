@@ -5,7 +5,7 @@ A stack is a value: it prints, hashes, compares and can be cited.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -231,6 +231,11 @@ class Step:
     @cached_property
     def method(self) -> Method:
         return method_of(self.part)
+
+    @cached_property
+    def act(self) -> Callable[..., Any]:
+        """What it does: the function that its method marked."""
+        return getattr(self.method, self.edit.name)
 
     @cached_property
     def heads(self) -> tuple[int, ...] | None:

@@ -165,7 +165,7 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall,
     if step.edit.weighs:
         new = weighing_of(step, job, call).of(scores, call.keep)
     else:
-        new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
+        new = step.act(scores, job.run_state.view(step, call))
     if not isinstance(new, Tensor) or new.shape != scores.shape:
         want = tuple(scores.shape)
         raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {want}, got {shape_of(new)}")
@@ -296,8 +296,7 @@ def _sum_up(job: AttentionCall, accumulator: SummaryAccumulator, carries: dict[i
         seen = job.run_state.view(step, job.call)
         if chosen is not None:
             seen = replace(seen, heads=len(chosen))
-        act = getattr(step.method, step.edit.name)
-        job.run_state.note(step, job.call, act(summary if chosen is None else summary.on(chosen), seen))
+        job.run_state.note(step, job.call, step.act(summary if chosen is None else summary.on(chosen), seen))
 
 
 def _mixed(step: Step, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -335,7 +334,7 @@ def _without_map(step: Step, call: Call) -> SiteError:
 
 def _made(step: Step, given: Any, want: tuple[int, ...], job: AttentionCall, call: Call) -> Tensor:
     """What a step that replaces a whole stretch of the call makes of what enters there."""
-    made = getattr(step.method, step.edit.name)(given, job.run_state.view(step, call))
+    made = step.act(given, job.run_state.view(step, call))
     if not isinstance(made, Tensor) or made.shape != want:
         raise SiteError(f"{step}, layer {call.layer}: must return a tensor of shape {want}, got {shape_of(made)}")
     job.run_state.offered[step] += 1

@@ -127,7 +127,7 @@ def _read(step: Step, x: Any, job: AttentionCall, call: Call) -> Any:
             return x
         mine, seen = mine[:, :, :left], _top(seen, left)
     with Untouched(step, job, mine):
-        found = getattr(step.method, step.edit.name)(mine if chosen is None else mine[:, chosen], seen)
+        found = step.act(mine if chosen is None else mine[:, chosen], seen)
     job.run_state.note(step, call, found)
     # the same numbers, and a reader that keeps its tensor has its gradient
     return shown.to(x.dtype) if shown is not x and shown.requires_grad else x
@@ -137,7 +137,7 @@ def _narrowed(step: Step, mask: Mask, job: AttentionCall, call: Call) -> Mask:
     """The mask that an edit makes of one."""
     chosen = chosen_heads(step, call)
     given = _given(step, mask, chosen, call.heads)
-    new = getattr(step.method, step.edit.name)(given, job.run_state.view(step, call))
+    new = step.act(given, job.run_state.view(step, call))
     redrawn = _redrawn(step, mask, given, new, chosen, call.heads)
     job.run_state.offered[step] += 1
     if step not in job.run_state.changed and redraws(replace(call, mask=redrawn), mask):
@@ -149,7 +149,7 @@ def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tens
     """The tensor that an edit makes of one, in the heads that it is for, and the call as the next step sees it."""
     chosen, site = chosen_heads(step, call), step.edit.site
     with Untouched(step, job, x):
-        new = getattr(step.method, step.edit.name)(x, job.run_state.view(step, call))
+        new = step.act(x, job.run_state.view(step, call))
     if isinstance(new, Merged):
         merges = merge(step, x, new, call, job.run_state.now.merges.get(call.lowest))
         job.run_state.merge(step, call, merges)
@@ -176,7 +176,7 @@ def added(step: Step, job: AttentionCall, call: Call, shape: tuple[int, ...], dt
     if step.edit.by_distance:
         found = by_distance(lambda far: at_distances(step, job, call, far), call)
     else:
-        found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
+        found = step.act(job.run_state.view(step, call))
     if found is None:
         job.run_state.offered[step] += 1
         return None
@@ -190,7 +190,7 @@ def added(step: Step, job: AttentionCall, call: Call, shape: tuple[int, ...], dt
 
 def at_distances(step: Step, job: AttentionCall, call: Call, far: Tensor) -> Tensor:
     """What scores gain at distances `[m]`, as the step says it, `[h|1 m]`."""
-    found = getattr(step.method, step.edit.name)(far, job.run_state.view(step, call))
+    found = step.act(far, job.run_state.view(step, call))
     if not isinstance(found, Tensor) or found.shape not in {(h, len(far)) for h in (1, call.heads)}:
         raise SiteError(
             f"{step}, layer {call.layer}: must return what scores gain at each distance, [h|1, m] = "
@@ -231,7 +231,7 @@ def _reweighted(step: Step, weights: Tensor, job: AttentionCall, call: Call) -> 
 def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | None:
     """What a step does to the pattern that the summary is of."""
     call = job.call
-    found = getattr(step.method, step.edit.name)(summary, job.run_state.view(step, call))
+    found = step.act(summary, job.run_state.view(step, call))
     if found is None:
         return None
     shape = (1 if call.query is None else len(call.query), call.heads, len(call.keys))
@@ -248,7 +248,7 @@ def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | 
 
 def weighing_of(step: Step, job: AttentionCall, call: Call) -> Weighing:
     """What a step makes each weight of."""
-    found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
+    found = step.act(job.run_state.view(step, call))
     if not isinstance(found, Weighing):
         raise SiteError(f"{step}, layer {call.layer}: must return a Weighing, got {type(found).__name__}")
     job.run_state.changed.add(step)  # no weighing is a softmax
@@ -320,7 +320,7 @@ def keep_entries(job: AttentionCall, entries: CachedKV) -> list[Kept]:
         seen = job.run_state.view(step, job.call)
         mine = replace(entries, in_row=is_text)
         with Untouched(step, job, entries.key, entries.value):
-            given = getattr(step.method, step.edit.name)(mine, seen)
+            given = step.act(mine, seen)
         new = _left(step, given, entries, job.call)
         left.append(new)
         if new.keep is not None:
