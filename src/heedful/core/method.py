@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.entry import CatalogueEntry, FitContext, Layer, Probe, Readings, Session
-from heedful.core.errors import ClashError, DefinitionError, FieldError, shown
+from heedful.core.errors import ClashError, DefinitionError, FieldError, SiteError, shown
 from heedful.core.figures import Description
 from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, SINGLE_SITES, Edit, Site
@@ -257,6 +257,10 @@ class Step:
 
     def __str__(self) -> str:
         return f"{self.part!r} at {self.edit.site.name}"
+
+    def fault(self, call: Call, what: str) -> SiteError:
+        """The error that says what was wrong with it in a call."""
+        return SiteError(f"{self}, layer {call.layer}: {what}")
 
 
 def _overlap(a: Part, b: Part) -> bool:
