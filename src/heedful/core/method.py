@@ -5,7 +5,7 @@ A stack is a value: it prints, hashes, compares and can be cited.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.entry import CatalogueEntry, FitContext, Layer, Probe, Readings, Session
-from heedful.core.errors import ClashError, DefinitionError, FieldError, shown
+from heedful.core.errors import ClashError, DefinitionError, FieldError, SiteError, shown
 from heedful.core.figures import Description
 from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, SINGLE_SITES, Edit, Site
@@ -234,6 +234,11 @@ class Step:
         return method_of(self.part)
 
     @cached_property
+    def act(self) -> Callable[..., Any]:
+        """What it does: the function that its method marked."""
+        return getattr(self.method, self.edit.name)
+
+    @cached_property
     def heads(self) -> tuple[int, ...] | None:
         return self.part.heads if isinstance(self.part, Scoped) else None
 
@@ -253,6 +258,10 @@ class Step:
 
     def __str__(self) -> str:
         return f"{self.part!r} at {self.edit.site.name}"
+
+    def fault(self, call: Call, what: str) -> SiteError:
+        """The error that says what was wrong with it in a call."""
+        return SiteError(f"{self}, layer {call.layer}: {what}")
 
 
 def _overlap(a: Part, b: Part) -> bool:

@@ -161,14 +161,14 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall,
     if step.edit.reads:
         raise SiteError(f"{step}: NORMALISE has nothing to read that PATTERN has not; use @reads(Site.PATTERN)")
     if job.sink is not None:
-        raise SiteError(f"{step}, layer {call.layer}: the model has learned sink logits, which only softmax knows")
+        raise step.fault(call, "the model has learned sink logits, which only softmax knows")
     if step.edit.weighs:
         new = weighing_of(step, job, call).of(scores, call.keep)
     else:
-        new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
+        new = step.act(scores, job.run_state.view(step, call))
     if not isinstance(new, Tensor) or new.shape != scores.shape:
         want = tuple(scores.shape)
-        raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {want}, got {shape_of(new)}")
+        raise step.fault(call, f"must return weights of shape {want}, got {shape_of(new)}")
     if step.heads is not None and (chosen := chosen_heads(step, call)) is not None:
         new = in_these(weights, new, chosen)
     job.run_state.watch(step, weights, new)
@@ -241,10 +241,9 @@ def _require_numbers(job: AttentionCall, like: Tensor) -> None:
         found = added(step, job, part, shape, torch.float32)
         if found is not None and bool((odd := found.isnan() | (found == torch.inf)).any()):
             place = odd.nonzero()[0].tolist()
-            raise SiteError(
-                f"{step}, layer {call.layer}: scores gain {float(found[tuple(place)])} at {place} of a tile [b h r k]; "
-                "that must be a number, or -inf where a pair is not to be seen, which is better left out at MASK"
-            )
+            rule = "that must be a number, or -inf where a pair is not to be seen, which is better left out at MASK"
+            gain = float(found[tuple(place)])
+            raise step.fault(call, f"scores gain {gain} at {place} of a tile [b h r k]; {rule}")
 
 
 @torch.no_grad()
@@ -296,8 +295,7 @@ def _sum_up(job: AttentionCall, accumulator: SummaryAccumulator, carries: dict[i
         seen = job.run_state.view(step, job.call)
         if chosen is not None:
             seen = replace(seen, heads=len(chosen))
-        act = getattr(step.method, step.edit.name)
-        job.run_state.note(step, job.call, act(summary if chosen is None else summary.on(chosen), seen))
+        job.run_state.note(step, job.call, step.act(summary if chosen is None else summary.on(chosen), seen))
 
 
 def _mixed(step: Step, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -314,12 +312,10 @@ def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tens
         with unmixed(output):
             return replaced(step, job, widened(call), wide(output)).to(output.dtype)
     if call.hidden is None:
-        raise SiteError(f"{step}, layer {call.layer}: the block is not handed hidden states [b n e]")
+        raise step.fault(call, "the block is not handed hidden states [b n e]")
     if call.cross and not step.edit.before_rotary:
-        raise SiteError(
-            f"{step}, layer {call.layer}: is handed the queries' sequence alone, so cross attention would ignore the "
-            "other; restrict the method to self attention with .on(layers=...)"
-        )
+        what = "is handed the queries' sequence alone, so cross attention would ignore the other"
+        raise step.fault(call, f"{what}; restrict the method to self attention with .on(layers=...)")
     if not call.mask.plain:
         raise _without_map(step, call)
     with Untouched(step, job, call.hidden):
@@ -327,17 +323,16 @@ def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tens
 
 
 def _without_map(step: Step, call: Call) -> SiteError:
-    return SiteError(
-        f"{step}, layer {call.layer}: a mechanism without a map can honour causality and padding only; this layer "
-        "has a bias, a soft cap, sink logits or a narrower mask; restrict the method with .on(layers=...)"
-    )
+    rule = "a mechanism without a map can honour causality and padding only"
+    has = "this layer has a bias, a soft cap, sink logits or a narrower mask"
+    return step.fault(call, f"{rule}; {has}; restrict the method with .on(layers=...)")
 
 
 def _made(step: Step, given: Any, want: tuple[int, ...], job: AttentionCall, call: Call) -> Tensor:
     """What a step that replaces a whole stretch of the call makes of what enters there."""
-    made = getattr(step.method, step.edit.name)(given, job.run_state.view(step, call))
+    made = step.act(given, job.run_state.view(step, call))
     if not isinstance(made, Tensor) or made.shape != want:
-        raise SiteError(f"{step}, layer {call.layer}: must return a tensor of shape {want}, got {shape_of(made)}")
+        raise step.fault(call, f"must return a tensor of shape {want}, got {shape_of(made)}")
     job.run_state.offered[step] += 1
     job.run_state.changed.add(step)
     return made

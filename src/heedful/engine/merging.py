@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Merged
-from heedful.core.errors import SiteError
 from heedful.core.mask import Padding
 from heedful.core.method import Step
 from heedful.core.positions import Positions
@@ -45,13 +44,12 @@ class Merges:
 
 def merge(step: Step, stream: Tensor, new: Merged, call: Call, before: Merges | None) -> Merges:
     """What has become of the tokens once a step has merged those of a layer's stream `[b n e]`."""
-    here = f"{step}, layer {call.layer}"
     if not step.edit.merges:
-        raise SiteError(f"{here}: merges tokens and does not say so; mark it @at(Site.RESIDUAL, merges=True)")
+        raise step.fault(call, "merges tokens and does not say so; mark it @at(Site.RESIDUAL, merges=True)")
     require_own_keys(step, call)
-    _require_free(here, call)
-    _require_shapes(here, stream, new)
-    first = _firsts(here, new)
+    _require_free(step, call)
+    _require_shapes(step, call, stream, new)
+    first = _firsts(step, call, new)
     filled = first < new.to.shape[1]
     at = first.clamp(max=new.to.shape[1] - 1)[:, None]
 
@@ -74,41 +72,39 @@ def merge(step: Step, stream: Tensor, new: Merged, call: Call, before: Merges | 
 def require_own_keys(step: Step, call: Call) -> None:
     """Refuse layers whose keys are not those of the tokens that would be merged."""
     if call.cross or len(call.queries) != len(call.keys):
-        raise SiteError(
-            f"{step}, layer {call.layer}: tokens are merged where each attends to all, and here keys are another "
-            "sequence's"
-        )
+        raise step.fault(call, "tokens are merged where each attends to all, and here keys are another sequence's")
 
 
-def _require_free(here: str, call: Call) -> None:
+def _require_free(step: Step, call: Call) -> None:
     """Refuse layers in which a token stands for more than itself."""
     if call.mask.causal:
-        raise SiteError(f"{here}: the model is causal, and a token merged with later ones would tell what comes next")
+        raise step.fault(call, "the model is causal, and a token merged with later ones would tell what comes next")
     if strange := next((rule for rule in call.mask.rules if not isinstance(rule, Padding)), None):
-        raise SiteError(f"{here}: the model's {type(strange).__name__} mask speaks of tokens by number")
+        raise step.fault(call, f"the model's {type(strange).__name__} mask speaks of tokens by number")
     if call.queries.packed:
-        raise SiteError(f"{here}: several texts are packed into one row, and their tokens would be merged")
+        raise step.fault(call, "several texts are packed into one row, and their tokens would be merged")
 
 
-def _require_shapes(here: str, stream: Tensor, new: Merged) -> None:
+def _require_shapes(step: Step, call: Call, stream: Tensor, new: Merged) -> None:
     b, n, e = stream.shape
     fits = new.stream.ndim == 3 and new.stream.shape[::2] == (b, e) and 1 <= new.stream.shape[1] <= n
     if not fits or new.to.shape != (b, n) or new.to.dtype != torch.long:
         got = f"{tuple(new.stream.shape)} and {new.to.dtype} {tuple(new.to.shape)}"
-        raise SiteError(f"{here}: a Merged of {(b, n, e)} is a stream [{b} m {e}] and `to`, long [{b} {n}]; got {got}")
+        raise step.fault(call, f"a Merged of {(b, n, e)} is a stream [{b} m {e}] and `to`, long [{b} {n}]; got {got}")
 
 
-def _firsts(here: str, new: Merged) -> Tensor:
+def _firsts(step: Step, call: Call, new: Merged) -> Tensor:
     """The number of the first old token of each new one, `[b m]`; that of no token where a place is empty."""
     (b, n), m = new.to.shape, new.stream.shape[1]
     if bool(((new.to < -1) | (new.to >= m)).any()):
-        raise SiteError(f"{here}: `to` numbers the {m} tokens left from 0 up, and is -1 where a token is dropped")
+        raise step.fault(call, f"`to` numbers the {m} tokens left from 0 up, and is -1 where a token is dropped")
     own = torch.arange(n, device=new.to.device).expand(b, -1)
     first = own.new_full((b, m + 1), n).scatter_reduce(1, new.to.where(new.to >= 0, m), own, "amin")[:, :m]
     ordered = (first.diff(dim=-1) > 0) | (first[:, 1:] == n)
     if not bool(ordered.all() & (first[:, 0] < n).all() & (first[:, -1] < n).any()):
-        raise SiteError(
-            f"{here}: the tokens left stand in the order of the first that each is made of, some in every row, with "
-            "empty places behind them where other rows have more; heedful.kit.merging.numbered gives such numbers"
+        raise step.fault(
+            call,
+            "the tokens left stand in the order of the first that each is made of, some in every row, with "
+            "empty places behind them where other rows have more; heedful.kit.merging.numbered gives such numbers",
         )
     return first

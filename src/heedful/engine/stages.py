@@ -32,10 +32,8 @@ def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
     size = call.heads // call.kv_heads
     groups = sorted({i // size for i in heads})
     if len(groups) * size != len(heads):
-        raise SiteError(
-            f"{step}, layer {call.layer}: {step.edit.site.name} is shared by groups of {size} heads, so heads must "
-            f"name whole groups, for example heads={list(range(size))}"
-        )
+        rule = f"{step.edit.site.name} is shared by groups of {size} heads, so heads must name whole groups"
+        raise step.fault(call, f"{rule}, for example heads={list(range(size))}")
     return groups
 
 
@@ -44,7 +42,7 @@ def chosen_heads(step: Step, call: Call) -> list[int] | None:
     if heads is None:
         return None
     if heads[-1] >= call.heads:
-        raise SiteError(f"{step}, layer {call.layer}: heads must be below {call.heads}, for example heads=[0]")
+        raise step.fault(call, f"heads must be below {call.heads}, for example heads=[0]")
     return _kv_heads(heads, call, step) if step.edit.site in (Site.KEY, Site.VALUE, Site.CACHE) else list(heads)
 
 
@@ -127,7 +125,7 @@ def _read(step: Step, x: Any, job: AttentionCall, call: Call) -> Any:
             return x
         mine, seen = mine[:, :, :left], _top(seen, left)
     with Untouched(step, job, mine):
-        found = getattr(step.method, step.edit.name)(mine if chosen is None else mine[:, chosen], seen)
+        found = step.act(mine if chosen is None else mine[:, chosen], seen)
     job.run_state.note(step, call, found)
     # the same numbers, and a reader that keeps its tensor has its gradient
     return shown.to(x.dtype) if shown is not x and shown.requires_grad else x
@@ -137,7 +135,7 @@ def _narrowed(step: Step, mask: Mask, job: AttentionCall, call: Call) -> Mask:
     """The mask that an edit makes of one."""
     chosen = chosen_heads(step, call)
     given = _given(step, mask, chosen, call.heads)
-    new = getattr(step.method, step.edit.name)(given, job.run_state.view(step, call))
+    new = step.act(given, job.run_state.view(step, call))
     redrawn = _redrawn(step, mask, given, new, chosen, call.heads)
     job.run_state.offered[step] += 1
     if step not in job.run_state.changed and redraws(replace(call, mask=redrawn), mask):
@@ -149,17 +147,14 @@ def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tens
     """The tensor that an edit makes of one, in the heads that it is for, and the call as the next step sees it."""
     chosen, site = chosen_heads(step, call), step.edit.site
     with Untouched(step, job, x):
-        new = getattr(step.method, step.edit.name)(x, job.run_state.view(step, call))
+        new = step.act(x, job.run_state.view(step, call))
     if isinstance(new, Merged):
         merges = merge(step, x, new, call, job.run_state.now.merges.get(call.lowest))
         job.run_state.merge(step, call, merges)
         places, told = merges.places, {"ids": None, "hidden": None, "rotate": None}  # of the tokens that there were
         return new.stream.to(x.dtype), replace(call, queries=places, keys=places, sizes=merges.sizes, **told)
     if not isinstance(new, Tensor) or new.shape != x.shape:
-        raise SiteError(
-            f"{step}, layer {call.layer}: must return a tensor of shape {site.shape} = {tuple(x.shape)}, got "
-            f"{shape_of(new)}"
-        )
+        raise step.fault(call, f"must return a tensor of shape {site.shape} = {tuple(x.shape)}, got {shape_of(new)}")
     if chosen is not None:
         new = in_these(x, new, chosen)
     job.run_state.watch(step, x, new)
@@ -176,26 +171,22 @@ def added(step: Step, job: AttentionCall, call: Call, shape: tuple[int, ...], dt
     if step.edit.by_distance:
         found = by_distance(lambda far: at_distances(step, job, call, far), call)
     else:
-        found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
+        found = step.act(job.run_state.view(step, call))
     if found is None:
         job.run_state.offered[step] += 1
         return None
     if not isinstance(found, Tensor) or not _fits(found, shape):
-        raise SiteError(
-            f"{step}, layer {call.layer}: must return what scores gain, [b|1, h|1, r|1, k|1] = {shape}, or None for "
-            f"nothing, got {shape_of(found)}"
-        )
+        rule = f"must return what scores gain, [b|1, h|1, r|1, k|1] = {shape}, or None for nothing"
+        raise step.fault(call, f"{rule}, got {shape_of(found)}")
     return in_heads(step, job, call, found.to(dtype))
 
 
 def at_distances(step: Step, job: AttentionCall, call: Call, far: Tensor) -> Tensor:
     """What scores gain at distances `[m]`, as the step says it, `[h|1 m]`."""
-    found = getattr(step.method, step.edit.name)(far, job.run_state.view(step, call))
+    found = step.act(far, job.run_state.view(step, call))
     if not isinstance(found, Tensor) or found.shape not in {(h, len(far)) for h in (1, call.heads)}:
-        raise SiteError(
-            f"{step}, layer {call.layer}: must return what scores gain at each distance, [h|1, m] = "
-            f"{(call.heads, len(far))}, got {shape_of(found)}"
-        )
+        rule = f"must return what scores gain at each distance, [h|1, m] = {(call.heads, len(far))}"
+        raise step.fault(call, f"{rule}, got {shape_of(found)}")
     return found
 
 
@@ -231,26 +222,24 @@ def _reweighted(step: Step, weights: Tensor, job: AttentionCall, call: Call) -> 
 def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | None:
     """What a step does to the pattern that the summary is of."""
     call = job.call
-    found = getattr(step.method, step.edit.name)(summary, job.run_state.view(step, call))
+    found = step.act(summary, job.run_state.view(step, call))
     if found is None:
         return None
     shape = (1 if call.query is None else len(call.query), call.heads, len(call.keys))
     for x in (found.factor, found.free) if isinstance(found, Reweight) else ():
         if x is not None and not (_fits(x, shape) and x.shape[2] == shape[2]):
-            raise SiteError(
-                f"{step}, layer {call.layer}: a Reweight's tensors are [b|1, h|1, k] = {shape}, got {tuple(x.shape)}"
-            )
+            raise step.fault(call, f"a Reweight's tensors are [b|1, h|1, k] = {shape}, got {tuple(x.shape)}")
     if not isinstance(found, Reweight):
-        raise SiteError(f"{step}, layer {call.layer}: must return a Reweight or None, got {type(found).__name__}")
+        raise step.fault(call, f"must return a Reweight or None, got {type(found).__name__}")
     chosen = chosen_heads(step, call)
     return found if chosen is None else found.on(chosen, call.heads)
 
 
 def weighing_of(step: Step, job: AttentionCall, call: Call) -> Weighing:
     """What a step makes each weight of."""
-    found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
+    found = step.act(job.run_state.view(step, call))
     if not isinstance(found, Weighing):
-        raise SiteError(f"{step}, layer {call.layer}: must return a Weighing, got {type(found).__name__}")
+        raise step.fault(call, f"must return a Weighing, got {type(found).__name__}")
     job.run_state.changed.add(step)  # no weighing is a softmax
     return found
 
@@ -320,7 +309,7 @@ def keep_entries(job: AttentionCall, entries: CachedKV) -> list[Kept]:
         seen = job.run_state.view(step, job.call)
         mine = replace(entries, in_row=is_text)
         with Untouched(step, job, entries.key, entries.value):
-            given = getattr(step.method, step.edit.name)(mine, seen)
+            given = step.act(mine, seen)
         new = _left(step, given, entries, job.call)
         left.append(new)
         if new.keep is not None:
@@ -348,23 +337,17 @@ def _left(step: Step, given: object, entries: CachedKV, call: Call) -> Kept:
     new = kept.keep
     all_stay = new is None and kept is given
     if not all_stay and (not isinstance(new, Tensor) or new.dtype != torch.bool or new.shape != shape):
-        raise SiteError(
-            f"{step}, layer {call.layer}: must return which entries stay, bool of shape {tuple(shape)}, got "
-            f"{shape_of(new, typed=True)}"
-        )
+        rule = f"must return which entries stay, bool of shape {tuple(shape)}"
+        raise step.fault(call, f"{rule}, got {shape_of(new, typed=True)}")
     for name, old, written in (("key", entries.key, kept.key), ("value", entries.value, kept.value)):
         if isinstance(written, Packing):
             those, rows = written.those, tuple(written.rows.shape)
             if those.dtype != torch.bool or those.shape != shape or rows != (int(those.sum()), old.shape[3]):
-                raise SiteError(
-                    f"{step}, layer {call.layer}: a Packing of a {name} says which entries are packed, bool of shape "
-                    f"{tuple(shape)}, and packs [{int(those.sum())}, {old.shape[3]}] rows, not {rows}"
-                )
+                rule = f"a Packing of a {name} says which entries are packed, bool of shape {tuple(shape)}"
+                raise step.fault(call, f"{rule}, and packs [{int(those.sum())}, {old.shape[3]}] rows, not {rows}")
         elif written is not None and written.shape != old.shape:
-            raise SiteError(
-                f"{step}, layer {call.layer}: a Kept's {name} has the shape of what was handed over, "
-                f"{tuple(old.shape)}, not {tuple(written.shape)}"
-            )
+            rule = f"a Kept's {name} has the shape of what was handed over, {tuple(old.shape)}"
+            raise step.fault(call, f"{rule}, not {tuple(written.shape)}")
     chosen = chosen_heads(step, call)
     if chosen is None:
         return kept

@@ -45,8 +45,7 @@ class Untouched:
 
     @property
     def _changed(self) -> SiteError:
-        told = f"{self.step}, layer {self.job.call.layer}"
-        return SiteError(f"{told}: changed its input in place; return a new tensor instead")
+        return self.step.fault(self.job.call, "changed its input in place; return a new tensor instead")
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
