@@ -57,6 +57,14 @@ def test_who_is_stopped_early_leaves_without_a_traceback(monkeypatch: pytest.Mon
         main()
 
 
+def test_help_waits_for_no_library_that_takes_seconds() -> None:
+    """Nor does what a shell completes, which runs the program at every tab."""
+    code = (
+        "import sys; import heedful.cli.app; print([x for x in ('torch', 'numpy', 'transformers') if x in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_it_is_a_module_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["heedful", "methods", "streaming"])
     with pytest.raises(SystemExit, match=r"^0$"):

@@ -290,7 +290,9 @@ def test_other_refusals(model: Any) -> None:
 
 @pytest.mark.parametrize("measures", [SinkWindow(), ["SinkWindow"], ["PruneHeads"]])
 def test_what_edits_is_no_measure(measures: Any) -> None:
-    with pytest.raises(FieldError, match=r"must be methods that read and edit nothing: .*SinkRate"):
+    with pytest.raises(
+        FieldError, match=r"must be methods that read and edit nothing: .*for example measures=\['SinkRate'\]"
+    ):
         chosen(measures)
 
 

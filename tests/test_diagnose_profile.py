@@ -89,6 +89,13 @@ def test_profiles_of_two_texts_add_up_to_that_of_both(model: Any) -> None:
     assert merged.view is one.view
 
 
+def test_what_a_model_is_called_parts_no_profiles(model: Any, tmp_path: Path) -> None:
+    """One from the command line and one from Python have other names for the same weights."""
+    named = diagnose(models.Loaded(model, None, "us/small"), torch.arange(8), measures=SinkRate(), out=tmp_path)
+    assert (named + diagnose(model, torch.arange(8), measures=SinkRate())).facts["model"] == "us/small"
+    assert diagnose(model, torch.arange(8), measures=SinkRate(), out=tmp_path).facts["model"] == "us/small"
+
+
 def test_profiles_of_unlike_models_or_measures_do_not_merge(model: Any) -> None:
     one = diagnose(model, torch.arange(8))
     with torch.no_grad():

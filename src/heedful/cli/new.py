@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from heedful.catalogue import entries
 from heedful.cli.console import console
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
@@ -126,6 +125,8 @@ def method(
     root: Annotated[Path, typer.Option(help="The clone.")] = Path(),
 ) -> None:
     """Write the file, the test and the claim of a method; nothing that exists is touched."""
+    from heedful.catalogue import entries
+
     if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", name):
         raise FieldError("heedful new method", "name", name, "must be the name of a class", "SnapKV")
     if name in entries():

@@ -74,7 +74,7 @@ def chosen(
             known = [k.__name__ for k in kinds if issubclass(k, Method) and all(edit.reads for edit in k.edits)]
             known += [k.__name__ for k in kinds if issubclass(k, Weights)]
             rule = f"must be methods that read and edit nothing: {', '.join(known)}"
-            raise FieldError("diagnose()", "measures", part, rule, known[:1])
+            raise FieldError("diagnose()", "measures", part, rule, [SinkRate.__name__])
     if not parts:
         raise FieldError("diagnose()", "measures", measures, "names none", [type(part).__name__ for part in DEFAULT])
     return parts  # type: ignore[return-value]

@@ -27,8 +27,8 @@ from heedful.diagnosis.store import ADDED, View, read, write
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots
 
-# what two profiles must share to be one
-SAME = ("model", "kind", "weights", "layers", "heads", "kv_heads", "width", "parameters")
+# what two profiles must share to be one; the model's name is not: one model lies in several places
+SAME = ("kind", "weights", "layers", "heads", "kv_heads", "width", "parameters")
 FEW = 64  # tokens below which shares and rates say little
 
 
