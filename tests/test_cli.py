@@ -190,6 +190,12 @@ def test_the_version_is_told() -> None:
 
 def test_cite_prints_bibtex_once() -> None:
     assert told("cite", "SinkWindow", "2309.17453").count("@article") == 1
+    assert told("cite", "SinkWindow,ACT(beta=0.2, threshold=0.1)").count("@article") == 2
+
+
+def test_a_misspelt_function_is_guessed_as_a_method_is() -> None:
+    with pytest.raises(HeedfulError, match=r"^no method named 'diagnos'.*\. Of functions: Did you mean diagnose\?"):
+        runner.invoke(app, ["show", "diagnos"], catch_exceptions=False)
 
 
 def test_another_paper_with_the_formula_is_found_shown_cited_and_counted() -> None:

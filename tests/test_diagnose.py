@@ -297,7 +297,7 @@ def test_what_edits_is_no_measure(measures: Any) -> None:
 
 
 def test_measures_by_name_each_once() -> None:
-    assert chosen(["sinkrate", SinkRate(), SinkRate(0.1)]) == (SinkRate(), SinkRate(0.1))
+    assert chosen(["sinkrate", SinkRate(), "sinkrate(epsilon=0.1)"]) == (SinkRate(), SinkRate(0.1))
     with pytest.raises(FieldError, match="names none"):
         chosen([])
 

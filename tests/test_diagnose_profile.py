@@ -87,6 +87,9 @@ def test_profiles_of_two_texts_add_up_to_that_of_both(model: Any) -> None:
     assert {k: merged.facts[k] for k in ("texts", "tokens")} == {k: both.facts[k] for k in ("texts", "tokens")}
     assert merged.facts["seconds"]["text"] == one.facts["seconds"]["text"] + two.facts["seconds"]["text"]
     assert merged.view is one.view
+    assert str(sum([one, two])) == str(merged)
+    with pytest.raises(TypeError):
+        1 + one  # type: ignore[operator]
 
 
 def test_what_a_model_is_called_parts_no_profiles(model: Any, tmp_path: Path) -> None:

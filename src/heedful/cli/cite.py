@@ -18,7 +18,7 @@ def cite(
     """Print the BibTeX of the papers behind methods, and behind functions."""
     from heedful.catalogue import parted
 
-    asked = (one for name in names for one in parted(name, "|") or [name])
+    asked = (one for name in names for part in parted(name) or [name] for one in parted(part, "|") or [part])
     typer.echo("\n\n".join(dict.fromkeys(paper.bibtex() for name in asked for paper in _papers(name))))
 
 

@@ -133,9 +133,10 @@ def method(
         raise FieldError("heedful new method", "name", name, f"exists, in {entries()[name].__module__}", f"{name}2")
     home = root / "src" / "heedful" / "methods"
     if not home.is_dir():
-        raise FieldError("heedful new method", "root", str(root), "must be a clone of heedful", "--root path/to/clone")
+        raise FieldError("heedful new method", "--root", str(root), "must be a clone of heedful", "path/to/clone")
     if family not in (known := rooms(home)):
-        raise FieldError("heedful new method", "family", family, f"must be one of {', '.join(known)}", min(known))
+        rule = f"must be one of {', '.join(known)}"
+        raise FieldError("heedful new method", "--family", family, rule, "intervene/language")
     stem = snake(name)
     module = ".".join(("heedful", "methods", *Path(family).parts, stem))
     arxiv = key if re.fullmatch(r"\d{4}\.\d{4,5}", key) else NUMBER
@@ -144,7 +145,7 @@ def method(
     claim = root / "claims" / f"{paper.claim}.py"
     files = {home / family / f"{stem}.py": METHOD, root / "tests" / "methods" / f"test_{stem}.py": TEST, claim: CLAIM}
     if claim.exists():
-        raise FieldError("heedful new method", "key", key, f"would write over {claim}", "--key 2404.14469")
+        raise FieldError("heedful new method", "--key", key, f"would write over {claim}", "2404.14469")
     if there := [path for path in files if path.exists()]:
         raise FieldError("heedful new method", "name", name, f"would write over {there[0]}", f"{name}2")
     if built := build(family, home):

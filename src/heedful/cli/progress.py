@@ -35,7 +35,7 @@ class Bars:
 
     def __call__(self, now: Step) -> None:
         if now.note:
-            self.console.print(now.note, markup=False)
+            self.console.print(now.note, markup=False, soft_wrap=True)
         clock = time.perf_counter()
         what, unit = self.stages[now.stage]
         if now.stage not in self._tasks:

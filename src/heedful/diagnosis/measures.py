@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeGuard
 
-from heedful.catalogue import entries, find
+from heedful.catalogue import entries, entry_from
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Part, method_of
@@ -65,7 +65,7 @@ def chosen(
     if measures is None:
         return default
     requested = [measures] if isinstance(measures, str | Measure) else list(measures)
-    parts = tuple(dict.fromkeys(find(x)() if isinstance(x, str) else x for x in requested))
+    parts = tuple(dict.fromkeys(entry_from(x) if isinstance(x, str) else x for x in requested))
     for part in parts:
         if isinstance(part, Weights):
             continue

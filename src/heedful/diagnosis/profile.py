@@ -130,6 +130,10 @@ class Profile:
         apart = dealt((*self.in_parts, *other.in_parts))
         return Profile(_both(self.facts, other.facts), self.parts, both, self.view or other.view, apart)
 
+    def __radd__(self, other: object) -> Profile:
+        """So that `sum(profiles)` is the profile of all."""
+        return self if other == 0 else NotImplemented
+
     @property
     def in_parts(self) -> tuple[dict[str, Statistic], ...]:
         """The parts of the texts; the whole where that is one part."""
