@@ -262,6 +262,8 @@ def test_a_room_stands_for_the_methods_in_it() -> None:
     assert not any(one.startswith("KIVI(") for one in budgets), "it has no budget"
     assert "CompositionScore" not in in_room("explain"), "what only reads weights is no contender"
     assert in_room("act") == ["act"]
+    for own in ("/home/me/mine.py", "act|../mine.py:Sharpen(factor=2)"):  # a path is no room
+        assert in_room(own) == [own]
     assert in_room("snapkv(budget=0.5)") == ["snapkv(budget=0.5)"]
 
 

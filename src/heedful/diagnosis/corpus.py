@@ -176,9 +176,9 @@ def _text_of(line: bytes, column: str) -> tuple[str, str]:
         return "", f"is no UTF-8 text (byte {error.start} of the line)"
     except (ValueError, RecursionError):
         return "", "is no line of JSON"
-    text = found.get(column) if isinstance(found, dict) else None
-    if not isinstance(text, str):
-        return "", f"has no text in {column!r}"
+    texts = {key: x for key, x in found.items() if isinstance(x, str)} if isinstance(found, dict) else {}
+    if (text := texts.get(column)) is None:
+        return "", f"has no text in {column!r}" + (f", but in {next(iter(texts))!r}" if texts else "")
     return text, why_not(text)
 
 

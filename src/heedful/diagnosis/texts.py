@@ -195,9 +195,7 @@ def cut(found: Iterable[Source], tokenizer: Any, length: int, vocabulary: int) -
 def some(windows: Windows) -> Windows:
     """The same, if there is anything to read."""
     if not windows.tokens:
-        raise _refuse(
-            list(windows.skipped[:9]), "none of these can be read: attention needs texts of two tokens or more"
-        )
+        raise _refuse(a_few(windows.skipped), "none of these can be read: attention needs texts of two tokens or more")
     return windows
 
 
