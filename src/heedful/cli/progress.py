@@ -27,8 +27,13 @@ class Bars:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"))
         self.stages = stages
         self.console = Console(stderr=True, highlight=False)
-        shows = {"transient": True, "disable": not self.console.is_terminal}  # else a log gets an empty line
-        self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console, **shows)
+        self.progress = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,  # else a log gets an empty line
+        )
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
         self._told = time.perf_counter()
