@@ -13,6 +13,7 @@ import torch
 import heedful
 from heedful import models
 from heedful.core.errors import FieldError
+from heedful.explaining.aim import spelled_in_order
 from heedful.explaining.attention_patterns import MOST, Patterns, Picture
 from heedful.methods import SinkWindow, TempScale
 from tests.test_diagnose_texts import characters
@@ -145,6 +146,17 @@ def test_too_much_is_refused_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("heedful.explaining.attention_patterns.MOST", 2 * 4 * 4 * 5 * 5 - 1)
     with pytest.raises(FieldError, match=r"'5 tokens'.*'4 tokens'"):  # it says only in its layers how many
         heedful.patterns(vit, {name: x[:1] for name, x in models.tiny_inputs(vit).items()})
+
+
+def test_characters_of_several_tokens_stand_with_the_first(default_model: models.Loaded) -> None:
+    text = "Ü 漢字 🎉 \ufffd end"
+    ids = default_model.tokenizer(text, return_tensors="pt").input_ids[0]
+    found = spelled_in_order(ids, default_model.tokenizer)
+    assert (len(found), "".join(found)) == (len(ids), text)
+    assert {"漢", "字", ""} <= {x.strip() for x in found}
+    assert spelled_in_order(ids[1:2], default_model.tokenizer) == ["\ufffd"]  # what is cut stays so
+    model = models.tiny("llama")
+    assert heedful.patterns(model, "ab", tokenizer=characters()).tokens == ["a", "b"]
 
 
 def test_the_model_is_as_it_was() -> None:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import pickle
+import re
 import runpy
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import heedful
 from heedful.catalogue import entries, entry_from, find
-from heedful.cli import main, require_given
+from heedful.cli import main, raised_by_own, require_given
 from heedful.cli.app import app
 from heedful.cli.console import console
 from heedful.core.code import code_of, file_of
@@ -55,6 +56,31 @@ def test_who_is_stopped_early_leaves_without_a_traceback(monkeypatch: pytest.Mon
     monkeypatch.setattr("heedful.cli.require_given", stop)
     with pytest.raises(SystemExit, match="130"):
         main()
+
+
+def test_help_waits_for_no_library_that_takes_seconds() -> None:
+    """Nor does what a shell completes, which runs the program at every tab."""
+    code = (
+        "import sys; import heedful.cli.app; print([x for x in ('torch', 'numpy', 'transformers') if x in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "last"), [("class X(:", "SyntaxError: invalid syntax"), ("\n1 / 0", "ZeroDivisionError: division by zero")]
+)
+def test_what_is_wrong_in_a_file_of_ones_own_is_shown_without_our_frames(
+    code: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "broken_of_a_test.py").write_text(code)
+    for words in (["check", str(file)], ["compare", "--methods", f"act,act|{file}(factor=2)"]):
+        monkeypatch.setattr(sys, "argv", ["heedful", *words])
+        with pytest.raises(SystemExit, match=r"^1$"):
+            main()
+        told = capsys.readouterr().err
+        assert told.rstrip().endswith(last)
+        assert re.findall(r'File "(.*?)", line (\d)', told) == [(str(file), str(1 + code.count("\n")))]
+    assert raised_by_own(ValueError("of ours"), [str(file)]) == ""
 
 
 def test_it_is_a_module_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +208,12 @@ def test_the_version_is_told() -> None:
 
 def test_cite_prints_bibtex_once() -> None:
     assert told("cite", "SinkWindow", "2309.17453").count("@article") == 1
+    assert told("cite", "SinkWindow,ACT(beta=0.2, threshold=0.1)").count("@article") == 2
+
+
+def test_a_misspelt_function_is_guessed_as_a_method_is() -> None:
+    with pytest.raises(HeedfulError, match=r"^no method named 'diagnos'.*\. Of functions: Did you mean diagnose\?"):
+        runner.invoke(app, ["show", "diagnos"], catch_exceptions=False)
 
 
 def test_another_paper_with_the_formula_is_found_shown_cited_and_counted() -> None:

@@ -171,6 +171,13 @@ def test_a_log_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert not capsys.readouterr().err
 
 
+def test_a_log_gets_no_empty_lines_and_whole_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = Bars({"steps": ("training", "steps")})
+    with bars.progress:
+        bars(Progress("steps", 1, 2, note := "left out: " + "a long name " * 20))
+    assert capsys.readouterr().err == f"{note}\n"
+
+
 def test_tasks_are_listed() -> None:
     told = RUN.invoke(app, ["compare", "--tasks", "list"])
     assert all(name in told.output for name in known())
@@ -262,6 +269,8 @@ def test_a_room_stands_for_the_methods_in_it() -> None:
     assert not any(one.startswith("KIVI(") for one in budgets), "it has no budget"
     assert "CompositionScore" not in in_room("explain"), "what only reads weights is no contender"
     assert in_room("act") == ["act"]
+    for own in ("/home/me/mine.py", "act|../mine.py:Sharpen(factor=2)"):  # a path is no room
+        assert in_room(own) == [own]
     assert in_room("snapkv(budget=0.5)") == ["snapkv(budget=0.5)"]
 
 

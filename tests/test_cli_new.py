@@ -72,6 +72,7 @@ def test_wrong_words_write_nothing(tmp_path: Path, words: list[str], reason: str
     told = RUN.invoke(app, ["new", "method", *words, *more])
     assert isinstance(told.exception, FieldError)
     assert reason in str(told.exception)
+    assert all(f"new method.{option} = " in str(told.exception) for option in words if option.startswith("--"))
     assert sorted(root.rglob("*")) == before
 
 

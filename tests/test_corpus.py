@@ -174,7 +174,7 @@ def test_what_is_wrong_with_a_line_is_told_and_the_rest_is_read(
         b"[" * 4000: "is no line of JSON",
         b'{"text": "\xff\xfe"}': "is no UTF-8 text (byte 10 of the line)",
         b'["text"]': "has no text in 'text'",
-        b'{"other": "text"}': "has no text in 'text'",
+        b'{"other": "text"}': "has no text in 'text', but in 'other'",
         b'{"text": 3}': "has no text in 'text'",
         b'{"text": "\\ud800"}': "holds half a character (a lone surrogate at 0)",
         b'{"text": "a\\u0000b"}': "holds null characters, as no text does",

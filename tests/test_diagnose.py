@@ -290,12 +290,14 @@ def test_other_refusals(model: Any) -> None:
 
 @pytest.mark.parametrize("measures", [SinkWindow(), ["SinkWindow"], ["PruneHeads"]])
 def test_what_edits_is_no_measure(measures: Any) -> None:
-    with pytest.raises(FieldError, match=r"must be methods that read and edit nothing: .*SinkRate"):
+    with pytest.raises(
+        FieldError, match=r"must be methods that read and edit nothing: .*for example measures=\['SinkRate'\]"
+    ):
         chosen(measures)
 
 
 def test_measures_by_name_each_once() -> None:
-    assert chosen(["sinkrate", SinkRate(), SinkRate(0.1)]) == (SinkRate(), SinkRate(0.1))
+    assert chosen(["sinkrate", SinkRate(), "sinkrate(epsilon=0.1)"]) == (SinkRate(), SinkRate(0.1))
     with pytest.raises(FieldError, match="names none"):
         chosen([])
 

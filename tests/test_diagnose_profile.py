@@ -87,6 +87,16 @@ def test_profiles_of_two_texts_add_up_to_that_of_both(model: Any) -> None:
     assert {k: merged.facts[k] for k in ("texts", "tokens")} == {k: both.facts[k] for k in ("texts", "tokens")}
     assert merged.facts["seconds"]["text"] == one.facts["seconds"]["text"] + two.facts["seconds"]["text"]
     assert merged.view is one.view
+    assert str(sum([one, two])) == str(merged)
+    with pytest.raises(TypeError):
+        1 + one  # type: ignore[operator]
+
+
+def test_what_a_model_is_called_parts_no_profiles(model: Any, tmp_path: Path) -> None:
+    """One from the command line and one from Python have other names for the same weights."""
+    named = diagnose(models.Loaded(model, None, "us/small"), torch.arange(8), measures=SinkRate(), out=tmp_path)
+    assert (named + diagnose(model, torch.arange(8), measures=SinkRate())).facts["model"] == "us/small"
+    assert diagnose(model, torch.arange(8), measures=SinkRate(), out=tmp_path).facts["model"] == "us/small"
 
 
 def test_profiles_of_unlike_models_or_measures_do_not_merge(model: Any) -> None:

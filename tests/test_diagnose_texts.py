@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +205,26 @@ def test_a_name_longer_than_a_system_takes_is_that_of_no_file(name: str) -> None
         find(name)
     with pytest.raises(HeedfulError, match=r"--text: there is no file or folder"):
         require_files({"text": Path(name)})
+
+
+def test_lines_of_json_are_no_text_and_say_who_reads_the_texts_within(tmp_path: Path) -> None:
+    file, plain = tmp_path / "notes.jsonl", tmp_path / "plain.jsonl"
+    plain.write_text(WORDS)
+    assert sources(plain)[0].text == WORDS
+    for key, good, option in (("text", "", ""), ("body", ", column='body'", " --column body")):
+        file.write_text(f'\n{{"number": 1, "{key}": "The keys are here."}}\n')
+        with pytest.raises(FieldError, match=re.escape("is lines of JSON")) as found:
+            sources(file)
+        assert str(found.value).endswith(f"for example texts=Corpus({str(file)!r}{good})")
+        with pytest.raises(HeedfulError, match=re.escape(f"as in --corpus {file}{option}") + "$"):
+            require_files({"text": file})
+
+
+@pytest.mark.parametrize(("words", "why"), [(b"", "is empty"), (b"\xff\xfe", "as UTF-8 text"), (b"a\0b", "null char")])
+def test_a_file_without_words_is_refused_by_its_option(words: bytes, why: str, tmp_path: Path) -> None:
+    (file := tmp_path / "a.txt").write_bytes(words)
+    with pytest.raises(HeedfulError, match=rf"^--text {re.escape(str(file))}: .*{why}.*, as in --text book.txt$"):
+        require_files({"text": file})
 
 
 def test_words_that_read_like_a_file_say_how_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import heedful
 from heedful import models
 from heedful.core.errors import FieldError, ModelError
+from heedful.facts import facts_of
 from heedful.methods import GatedHeads
 from heedful.models import copies as copies_of
 from heedful.models import folders, hub, minilm, packages, smollm2
@@ -180,6 +181,7 @@ def test_gguf_copy_is_exact_and_reused(cache: Path, tmp_path: Path) -> None:
     assert loaded.tokenizer.tokenize("a  37") == ["a", "ĠĠ", "3", "7"]
 
     (copy,) = copies(cache)
+    assert facts_of(loaded.model, "", 2)["model"] == "small"  # whose name is not that of its copy
     written = (copy / "model.safetensors").stat().st_mtime_ns
     with torch.no_grad():
         loaded.model.lm_head.weight.zero_()  # an edit of the loaded weights must not reach the copy

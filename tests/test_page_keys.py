@@ -85,12 +85,13 @@ def test_the_boxes_of_a_short_text_are_no_taller_than_what_is_in_them(opened, tm
 
 
 def test_the_page_of_a_pictures_patterns_offers_no_text(browser, tmp_path):
-    for tokens, shown in ((["a", "b"], True), ([], False)):
+    for tokens, shown in ((["a", ""], True), ([], False)):  # the second is of a character that the first shows
         maps = Patterns(tokens, {0: torch.eye(2).expand(2, 2, 2)}, {0: [0, 1]})
         tab = browser.new_page()
         tab.goto(maps.page(tmp_path / f"{len(tokens)}.html").as_uri())
         tab.wait_for_selector("#maps button[aria-pressed=true]")
         assert tab.locator("#tools").is_visible() is shown
+        assert tab.locator("#text").inner_text() == "a·" * shown
         assert ("token" in tab.locator("h1 + p").inner_text()) is shown
         tab.close()
 

@@ -36,12 +36,19 @@ def test_two_ranges_are_every_pair() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "match"), [("a(x=0..1)", "above 0"), ("a(x=2..1)", "above 2"), ("a(x=5..)", "needs an end")]
+    ("text", "rule", "good"),
+    [
+        ("a(x=0..1)", "the range 0..1 must begin above 0", "a(x=0.1..0.75)"),
+        ("a(x=2..1)", "the range 2..1 must end above where it begins", "a(x=1..2)"),
+        ("a(x=2..2)", "the range 2..2 must end above where it begins", "a(x=2..4)"),
+        ("a(x=5..,y=1)", "the range 5.. needs an end", "a(x=5..20,y=1)"),
+    ],
 )
-def test_bad_ranges_are_named(text: str, match: str) -> None:
-    with pytest.raises(FieldError, match=match):
+def test_bad_ranges_are_named_by_their_option(text: str, rule: str, good: str) -> None:
+    with pytest.raises(FieldError) as found:
         ranged(text)
-    with pytest.raises(FieldError, match="takes 4 at most"):
+    assert str(found.value) == f"compare.--methods = {text!r}: {rule}; for example --methods={good!r}"
+    with pytest.raises(FieldError, match=r"--tasks = .*begins above 4, .*for example --tasks='a\(x=2\.\.\)'"):
         ranged("a(x=5..)", most=4)
 
 

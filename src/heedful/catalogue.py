@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from heedful.text_models import Contender
 
 HOME = Path(__file__).parent / "methods"
+FILE = re.compile(r"(.+\.py)(?::(\w+))?")  # of one's own, and a method in it
 _READ: dict[str, bytes] = {}  # what stood in each file of one's own when it was read last, by its module
 
 
@@ -49,7 +50,7 @@ def entries() -> dict[str, type[CatalogueEntry]]:
 @asks
 def find(name: str) -> type[CatalogueEntry]:
     """The class of that name, whatever its case, or of a file of one's own; an error with near names otherwise."""
-    if file := re.fullmatch(r"(.+\.py)(?::(\w+))?", name):
+    if file := FILE.fullmatch(name):
         return _of_file(Path(file[1]), file[2])
     known = entries()
     by_lower = {k.lower(): v for k, v in known.items()}
@@ -162,7 +163,7 @@ def in_room(text: str) -> list[str]:
     name, opened, settings = text.partition("(")
     home = f"{name.strip().strip('/')}/"
     living = [k for k in entries().values() if f"{room(k)}/".startswith(home) and not issubclass(k, Weights)]
-    if not living and "/" in name:
+    if not living and "/" in name and not FILE.search(name):
         rooms = sorted({room(kind) for kind in entries().values()})
         raise CatalogueError(f"no room named {name!r}.{nearest(name, rooms)} There are {', '.join(rooms)}.")
     if not living:

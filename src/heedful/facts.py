@@ -18,13 +18,14 @@ from heedful.core.fitted import WHOLE, Fitted
 def facts_of(model: Any, name: str, layers: int) -> dict[str, Any]:
     """What is true of a model and stays so."""
     from heedful.adapters.spread import parameters_of
+    from heedful.models.copies import copied
 
     config = text_config(model)
     heads = _most(getattr(config, "num_attention_heads", 0))
     weights = [p for _, own in parameters_of(model) for p in own.values()]
     origin = getattr(getattr(model, "config", None), "_name_or_path", "")
     return {
-        "model": name or Path(origin).name or type(model).__name__,
+        "model": name or (origin and copied(Path(origin))) or type(model).__name__,
         "kind": type(model).__name__,
         "weights": fingerprint(model),
         "layers": layers,

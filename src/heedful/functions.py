@@ -13,7 +13,7 @@ from typing import Any
 import heedful
 from heedful import explaining
 from heedful.catalogue import find
-from heedful.core.errors import CatalogueError
+from heedful.core.errors import CatalogueError, nearest
 from heedful.core.method import CatalogueEntry
 from heedful.core.paper import Paper
 from heedful.core.reading import name_in
@@ -83,11 +83,13 @@ def found(name: str) -> type[CatalogueEntry] | Function:
     asked = name_in(name)  # what it is called with changes nothing
     try:
         return find(asked)
-    except CatalogueError:
+    except CatalogueError as unknown:
         low, known = asked.lower(), functions()
         by_key = {paper.key.lower(): one for one in known.values() if one.paper for paper in one.paper.every}
         function = by_key.get(low) or known.get(low.rpartition(".")[2].replace("-", "_"))
         if function is None:
+            if near := nearest(low, known):
+                raise CatalogueError(f"{unknown}. Of functions:{near}") from None
             raise
         return function
 

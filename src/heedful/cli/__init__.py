@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from traceback import format_exception, format_exception_only
 
 
 def main() -> None:
@@ -34,6 +37,22 @@ def _run() -> None:
         told = Text.assemble((type(error).__name__, "bold red"), f": {error}")
         Console(stderr=True, soft_wrap=True).print(told, highlight=False)
         sys.exit(1)
+    except Exception as error:
+        if not (words := raised_by_own(error, sys.argv[1:])):
+            raise
+        sys.stderr.write(words)
+        sys.exit(1)
+
+
+def raised_by_own(error: Exception, words: Sequence[str]) -> str:
+    """What a file of the user's own raised, from its first line on: nothing of ours is wrong there, nor is shown."""
+    own = {str(Path(name)) for word in words for name in re.findall(r"[^\s,|]+\.py\b", word)}
+    if isinstance(error, SyntaxError) and error.filename in own:
+        return "".join(format_exception_only(error))
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename not in own:
+        trace = trace.tb_next
+    return "" if trace is None else "".join(format_exception(type(error), error, trace))
 
 
 def require_given(words: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from heedful.catalogue import in_room, parted, stack_from
 from heedful.cli.console import console, require_page, stopping, tell, workers_from, write_page
 from heedful.cli.progress import Bars
 from heedful.cli.ranges import ranged
@@ -52,6 +51,8 @@ def _finite(x: Any) -> Any:
 
 def _named(text: str) -> list[Contender]:
     """What a text stands for; of a room those that take its settings, with a line for each that does not."""
+    from heedful.catalogue import in_room, stack_from
+
     living = in_room(text)
     if living == [text]:
         return [stack_from(one) for one in ranged(text)]
@@ -66,6 +67,8 @@ def _named(text: str) -> list[Contender]:
 
 def _sizes(text: str) -> list[int]:
     """The sizes of batches that are parted by commas."""
+    from heedful.catalogue import parted
+
     try:
         return [int(one) for one in parted(text)]
     except ValueError:
@@ -156,6 +159,7 @@ def compare(
     """Ask the unedited model and every method the same prompts; tell what each wins, loses and costs."""
     from heedful.bench.presets import PRESETS
     from heedful.bench.presets import preset as preset_of
+    from heedful.catalogue import parted
     from heedful.tasks import Task, known
 
     if preset.strip() == "list":

@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from heedful.catalogue import entry_from, parted
 from heedful.cli.console import console, require_page, stopping, tell, workers_from, write_page
 from heedful.cli.pictured import pictured
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.core.figures import head_name
 from heedful.core.files import is_there
-from heedful.core.kinds import Measure, Weights, words_of
-from heedful.core.method import CatalogueEntry, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from heedful.core.kinds import Measure
+    from heedful.core.method import CatalogueEntry
     from heedful.diagnosis.profile import Profile
     from heedful.models import Loaded
 
@@ -45,6 +43,10 @@ STAGES = {
 
 def measures_from(text: str) -> list[Measure] | None:
     """Measures by name, parted by commas, with settings if they follow; none for the default ones."""
+    from heedful.catalogue import entry_from, parted
+    from heedful.core.kinds import Weights
+    from heedful.core.method import Method
+
     parts: list[Measure] = []
     for name in parted(text):
         entry: CatalogueEntry = entry_from(name)
@@ -56,6 +58,8 @@ def measures_from(text: str) -> list[Measure] | None:
 
 def summary(profile: Profile, page: Path | None) -> str:
     """The profile for machines: facts, findings and roles."""
+    from heedful.core.figures import head_name
+
     found = {
         "facts": {key: value for key, value in profile.facts.items() if key != "settings"},
         "measures": [repr(part) for part in profile.parts],
@@ -71,6 +75,8 @@ def summary(profile: Profile, page: Path | None) -> str:
 
 def built_in(loaded: Loaded) -> str | Tensor:
     """What is read where no text is given: ours, or drawn tokens where no tokenizer knows words."""
+    from heedful.core.kinds import words_of
+
     if (tokenizer := words_of(loaded.tokenizer)) is not None:
         text = files("heedful").joinpath("cli/text.txt").read_text(encoding="utf-8")
         if (unknown := tokenizer.unk_token_id) is not None:
@@ -107,6 +113,13 @@ def require_files(given: dict[str, Path]) -> None:
             raise HeedfulError(f"{missing}. Name one that exists, as in --{option} {good}")
         if path.is_dir() and not texts.files_in(path, endings):
             raise HeedfulError(f"--{option} {path}: the folder holds no file that ends in {', '.join(endings)}")
+    if (path := given.get("text")) is not None and path.is_file():
+        text, why = texts.read_text(path)
+        if why:
+            raise HeedfulError(f"--text {path}: {why}, as in --text {readable['text'][0]}")
+        if key := texts.key_of_lines(path, text):
+            column = "" if key == "text" else f" --column {key}"
+            raise HeedfulError(f"--text {path}: {texts.LINED}, as in --corpus {path}{column}")
 
 
 def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Tensor:

@@ -11,7 +11,6 @@ import typer
 
 from heedful.cli.console import console
 from heedful.core.errors import ModelError
-from heedful.core.figures import counted
 
 
 def _version(package: str) -> str:
@@ -27,6 +26,7 @@ def doctor(
     """Show versions, device and backends, and say of a model which layers are served, or why it is refused."""
     import torch
 
+    from heedful.core.figures import counted
     from heedful.engine.backends import BACKENDS
     from heedful.models.copies import cache_folder
     from heedful.native import Library, library

@@ -6,11 +6,8 @@ from typing import Annotated
 
 import typer
 
-from heedful.catalogue import entry_from, parted
 from heedful.cli.console import console
 from heedful.core.errors import DefinitionError
-from heedful.core.method import Method, Stack
-from heedful.engine.select import explain
 
 
 def explain_backends(
@@ -21,6 +18,10 @@ def explain_backends(
     sink: Annotated[bool, typer.Option(help="As in a model with learned sink logits.")] = False,
 ) -> None:
     """Say how a method or a stack would be computed, with every reason against the other ways."""
+    from heedful.catalogue import entry_from, parted
+    from heedful.core.method import Method, Stack
+    from heedful.engine.select import explain
+
     parts = [entry_from(name) for joined in names for name in parted(joined, "|") or [joined]]
     for part in parts:
         if not isinstance(part, Method):

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from heedful.catalogue import parted
 from heedful.cli.console import require_page, stopping, tell, write_page
 from heedful.cli.progress import Bars
 
@@ -29,6 +28,7 @@ def lab(
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
     """Train softmax and every mechanism on the same tiny models, data and budget; tell what each wins and costs."""
+    from heedful.catalogue import parted
     from heedful.laboratory.lab import lab as run
 
     if page:

@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from heedful.catalogue import entry_from, find
 from heedful.cli.console import console
-from heedful.conformance import check, laws
 
 
 def check_laws(
@@ -21,6 +19,9 @@ def check_laws(
     ],
 ) -> None:
     """Try every law on a method; exit code 1 when one is broken."""
+    from heedful.catalogue import entry_from, find
+    from heedful.conformance import check, laws
+
     with console.status("trying the laws"):
         report = check(entry_from(name) if "(" in name else find(name))
     texts = {law.name: law.text for law in laws().values()}

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from heedful.catalogue import family, search
 from heedful.cli.console import console
 from heedful.core.errors import CatalogueError
-from heedful.core.method import CatalogueEntry, Method
-from heedful.functions import sought
+
+if TYPE_CHECKING:
+    from heedful.core.method import CatalogueEntry
 
 
 def sites(kind: type[CatalogueEntry]) -> str:
     """Where an entry acts."""
+    from heedful.core.method import Method
+
     if issubclass(kind, Method):
         return " ".join(("reads " if e.reads else "") + e.site.name for e in kind.edits)
     return kind.kind
@@ -26,6 +28,9 @@ def sites(kind: type[CatalogueEntry]) -> str:
 
 def plain(kind: type[CatalogueEntry]) -> dict[str, Any]:
     """An entry for machines."""
+    from heedful.catalogue import family
+    from heedful.core.method import Method
+
     method = kind if issubclass(kind, Method) else None
     return {
         "name": kind.__name__,
@@ -47,6 +52,9 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
     """List the methods, with where they act and their papers."""
+    from heedful.catalogue import family, search
+    from heedful.functions import sought
+
     found = search(word)
     other = sought(word)
     if not found and not other:

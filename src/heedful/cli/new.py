@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from heedful.catalogue import entries
 from heedful.cli.console import console
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
@@ -126,15 +125,18 @@ def method(
     root: Annotated[Path, typer.Option(help="The clone.")] = Path(),
 ) -> None:
     """Write the file, the test and the claim of a method; nothing that exists is touched."""
+    from heedful.catalogue import entries
+
     if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", name):
         raise FieldError("heedful new method", "name", name, "must be the name of a class", "SnapKV")
     if name in entries():
         raise FieldError("heedful new method", "name", name, f"exists, in {entries()[name].__module__}", f"{name}2")
     home = root / "src" / "heedful" / "methods"
     if not home.is_dir():
-        raise FieldError("heedful new method", "root", str(root), "must be a clone of heedful", "--root path/to/clone")
+        raise FieldError("heedful new method", "--root", str(root), "must be a clone of heedful", "path/to/clone")
     if family not in (known := rooms(home)):
-        raise FieldError("heedful new method", "family", family, f"must be one of {', '.join(known)}", min(known))
+        rule = f"must be one of {', '.join(known)}"
+        raise FieldError("heedful new method", "--family", family, rule, "intervene/language")
     stem = snake(name)
     module = ".".join(("heedful", "methods", *Path(family).parts, stem))
     arxiv = key if re.fullmatch(r"\d{4}\.\d{4,5}", key) else NUMBER
@@ -143,7 +145,7 @@ def method(
     claim = root / "claims" / f"{paper.claim}.py"
     files = {home / family / f"{stem}.py": METHOD, root / "tests" / "methods" / f"test_{stem}.py": TEST, claim: CLAIM}
     if claim.exists():
-        raise FieldError("heedful new method", "key", key, f"would write over {claim}", "--key 2404.14469")
+        raise FieldError("heedful new method", "--key", key, f"would write over {claim}", "2404.14469")
     if there := [path for path in files if path.exists()]:
         raise FieldError("heedful new method", "name", name, f"would write over {there[0]}", f"{name}2")
     for path, template in files.items():

@@ -27,14 +27,20 @@ class Bars:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"))
         self.stages = stages
         self.console = Console(stderr=True, highlight=False)
-        self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+        self.progress = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,  # else a log gets an empty line
+        )
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
         self._told = time.perf_counter()
 
     def __call__(self, now: Step) -> None:
         if now.note:
-            self.console.print(now.note, markup=False)
+            self.console.print(now.note, markup=False, soft_wrap=True)
         clock = time.perf_counter()
         what, unit = self.stages[now.stage]
         if now.stage not in self._tasks:

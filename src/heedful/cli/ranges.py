@@ -31,16 +31,22 @@ def ranged(text: str, most: int | None = None) -> list[str]:
 
 def _values(first: str, last: str | None, most: int | None, text: str) -> Sequence[str]:
     low, high = float(first), float("nan") if last is None else float(last)
+    written = f"{first}..{last or ''}"
+
+    def refused(rule: str, good: str) -> FieldError:
+        option = "--methods" if most is None else "--tasks"
+        return FieldError("compare", option, text, f"the range {written} {rule}", text.replace(written, good, 1))
+
     if low <= 0:
-        raise FieldError("range", "first", first, f"must be above 0 in {text!r}", "0.1..0.75")
+        raise refused("must begin above 0", "0.1..0.75")
     if last is None:
         if most is None:
-            raise FieldError("range", "last", "", f"{text!r} needs an end", f"{first}..{4 * low:g}")
+            raise refused("needs an end", f"{first}..{4 * low:g}")
         if low > most:
-            raise FieldError("range", "first", first, f"the model takes {most} at most", f"{most // 2}..")
+            raise refused(f"begins above {most}, which is what the model takes at most", f"{most // 2}..")
         return [f"{low * 2**i:g}" for i in range(1 + int(math.log2(most / low)))]
     if low >= high:
-        raise FieldError("range", "last", last, f"must be above {first} in {text!r}", f"{last}..{first}")
+        raise refused("must end above where it begins", f"{last}..{2 * low:g}" if low == high else f"{last}..{first}")
     found = [low * (high / low) ** (i / (STEPS - 1)) for i in range(STEPS)]
     whole = "." not in first + last
     inner = [f"{round(x)}" if whole else f"{float(f'{x:.2g}'):g}" for x in found[1:-1]]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import MISSING, fields
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heedful.catalogue import family
 from heedful.cli.console import console
-from heedful.core.method import CatalogueEntry, Method
-from heedful.core.paper import Paper
-from heedful.functions import Function, found
+
+if TYPE_CHECKING:
+    from heedful.core.method import CatalogueEntry
+    from heedful.core.paper import Paper
 
 
 def comments(source: str) -> dict[str, str]:
@@ -27,6 +27,8 @@ def comments(source: str) -> dict[str, str]:
 
 def role(kind: type[CatalogueEntry]) -> str:
     """What an entry is in a call: where it acts and what it reads, or of which other kind it is."""
+    from heedful.core.method import Method
+
     if not issubclass(kind, Method):
         return kind.kind
     found: dict[str, list[str]] = {}
@@ -39,6 +41,9 @@ def show(
     name: Annotated[str, typer.Argument(help="A method's or function's name, its paper's id, or a file of your own.")],
 ) -> None:
     """Tell what a method does, its settings, its paper, and what we do unlike the authors; of a function, likewise."""
+    from heedful.catalogue import family
+    from heedful.functions import Function, found
+
     kind = found(name)
     if isinstance(kind, Function):
         console.print(f"{kind.call}\n{kind.about}", markup=False, highlight=False)

@@ -13,13 +13,13 @@ from typing import IO, Any
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError
 from heedful.core.files import is_there
-from heedful.diagnosis.texts import ENDINGS, Source, files_in, read_text, why_not
+from heedful.diagnosis.texts import ENDINGS, LINES, Source, files_in, read_text, why_not
 
 SHARD = 262_144  # bytes of a shard at least; what one worker does before it reports
 ROW = 4_096  # bytes that a row counts for where nobody knows its size
 MOST_SHARDS = 10_000  # of larger corpora the shards are larger
 LONGEST = 64 * 2**20  # bytes of a line of JSON; a longer one is left out, for it would have to be held whole
-LINES, TABLES = (".jsonl", ".ndjson"), (".parquet",)
+TABLES = (".parquet",)
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ def _text_of(line: bytes, column: str) -> tuple[str, str]:
         return "", f"is no UTF-8 text (byte {error.start} of the line)"
     except (ValueError, RecursionError):
         return "", "is no line of JSON"
-    text = found.get(column) if isinstance(found, dict) else None
-    if not isinstance(text, str):
-        return "", f"has no text in {column!r}"
+    texts = {key: x for key, x in found.items() if isinstance(x, str)} if isinstance(found, dict) else {}
+    if (text := texts.get(column)) is None:
+        return "", f"has no text in {column!r}" + (f", but in {next(iter(texts))!r}" if texts else "")
     return text, why_not(text)
 
 

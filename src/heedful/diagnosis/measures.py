@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeGuard
 
-from heedful.catalogue import entries, find
+from heedful.catalogue import entries, entry_from
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Part, method_of
@@ -65,7 +65,7 @@ def chosen(
     if measures is None:
         return default
     requested = [measures] if isinstance(measures, str | Measure) else list(measures)
-    parts = tuple(dict.fromkeys(find(x)() if isinstance(x, str) else x for x in requested))
+    parts = tuple(dict.fromkeys(entry_from(x) if isinstance(x, str) else x for x in requested))
     for part in parts:
         if isinstance(part, Weights):
             continue
@@ -74,7 +74,7 @@ def chosen(
             known = [k.__name__ for k in kinds if issubclass(k, Method) and all(edit.reads for edit in k.edits)]
             known += [k.__name__ for k in kinds if issubclass(k, Weights)]
             rule = f"must be methods that read and edit nothing: {', '.join(known)}"
-            raise FieldError("diagnose()", "measures", part, rule, known[:1])
+            raise FieldError("diagnose()", "measures", part, rule, [SinkRate.__name__])
     if not parts:
         raise FieldError("diagnose()", "measures", measures, "names none", [type(part).__name__ for part in DEFAULT])
     return parts  # type: ignore[return-value]

@@ -27,8 +27,8 @@ from heedful.diagnosis.store import ADDED, View, read, write
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots
 
-# what two profiles must share to be one
-SAME = ("model", "kind", "weights", "layers", "heads", "kv_heads", "width", "parameters")
+# what two profiles must share to be one; the model's name is not: one model lies in several places
+SAME = ("kind", "weights", "layers", "heads", "kv_heads", "width", "parameters")
 FEW = 64  # tokens below which shares and rates say little
 
 
@@ -129,6 +129,10 @@ class Profile:
             both[key] = both[key] + stat if key in both and not same else stat
         apart = dealt((*self.in_parts, *other.in_parts))
         return Profile(_both(self.facts, other.facts), self.parts, both, self.view or other.view, apart)
+
+    def __radd__(self, other: object) -> Profile:
+        """So that `sum(profiles)` is the profile of all."""
+        return self if other == 0 else NotImplemented
 
     @property
     def in_parts(self) -> tuple[dict[str, Statistic], ...]:

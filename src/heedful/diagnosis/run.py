@@ -324,7 +324,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What must be equal for one call to go on where another stopped."""
     return {
-        **{key: facts[key] for key in ("model", "weights", "dtype")},
+        **{key: facts[key] for key in ("weights", "dtype")},
         "heedful": facts["versions"]["heedful"],
         "measures": [repr(part) for part in parts],
         "code": code_of(*parts),

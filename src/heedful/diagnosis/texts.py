@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.core.errors import FieldError
+from heedful.core.errors import Code, FieldError
 from heedful.core.figures import a_few
 from heedful.core.files import is_there
 from heedful.core.regions import Span
@@ -21,7 +22,9 @@ ENDINGS = (
     ".txt", ".md", ".rst", ".tex", ".html", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".toml", ".py", ".c", ".h",
     ".cc", ".cpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql",
 )  # fmt: skip
+LINES = (".jsonl", ".ndjson")  # a JSON object a line
 WORDS = "if these are words, end them with a space"
+LINED = "is lines of JSON, which would be read with all their braces: read the texts within, or name it .txt"
 PORTION = 1_000_000  # characters that a tokenizer is given at once
 Texts = str | Path | Tensor | Sequence[str | Path | Tensor]
 
@@ -87,6 +90,9 @@ def _files(path: Path) -> list[Source]:
         text, why = read_text(path)
         if why:
             raise _refuse(str(path), why)
+        if key := key_of_lines(path, text):
+            column = "" if key == "text" else f", column={key!r}"
+            raise _refuse(str(path), LINED, Code(f"Corpus({str(path)!r}{column})"))
         return [Source(str(path), text)]
     found = []
     for p in files_in(path, ENDINGS):
@@ -114,6 +120,18 @@ def read_text(path: Path) -> tuple[str, str]:
     except OSError as error:
         return "", f"cannot be read: {error.strerror}"
     return text, why_not(text)
+
+
+def key_of_lines(path: Path, text: str) -> str:
+    """What lines of JSON call their texts, by the first of them; nothing where a file is a text itself."""
+    if path.suffix.lower() not in LINES:
+        return ""
+    try:
+        first = json.loads(next(line for line in text.splitlines() if line.strip()))
+    except (ValueError, StopIteration):
+        return ""
+    keys = [key for key, x in first.items() if isinstance(x, str)] if isinstance(first, dict) else []
+    return "text" if "text" in keys else next(iter(keys), "")
 
 
 def why_not(text: str) -> str:
@@ -177,9 +195,7 @@ def cut(found: Iterable[Source], tokenizer: Any, length: int, vocabulary: int) -
 def some(windows: Windows) -> Windows:
     """The same, if there is anything to read."""
     if not windows.tokens:
-        raise _refuse(
-            list(windows.skipped[:9]), "none of these can be read: attention needs texts of two tokens or more"
-        )
+        raise _refuse(a_few(windows.skipped), "none of these can be read: attention needs texts of two tokens or more")
     return windows
 
 

@@ -20,6 +20,8 @@ from heedful.core.figures import Head
 from heedful.core.kinds import Prompt, words_of
 from heedful.shown import Reads
 
+BROKEN = "\ufffd"  # stands for what is no whole character
+SHARED = 12  # tokens that share characters, at most
 Text = Prompt | Tensor | Sequence[int]
 
 
@@ -183,6 +185,17 @@ def strongest(values: Tensor, count: int) -> tuple[Head, ...]:
 def spelled(ids: Tensor, tokenizer: Any) -> list[str]:
     """Tokens as text, one by one; their ids where nobody can spell them."""
     return [f"{i} " for i in ids.tolist()] if tokenizer is None else list(tokenizer.batch_decode(ids[:, None]))
+
+
+def spelled_in_order(ids: Tensor, tokenizer: Any) -> list[str]:
+    """The tokens of a text: of a character that several share the first has it all, and the others nothing."""
+    parts = spelled(ids, tokenizer)
+    for start, part in enumerate(parts):
+        for stop in range(start + 2, start + 1 + SHARED) if BROKEN in part else ():
+            if BROKEN not in (whole := tokenizer.decode(ids[start:stop])):
+                parts[start:stop] = [whole, *[""] * (len(ids[start:stop]) - 1)]
+                break
+    return parts
 
 
 @contextmanager

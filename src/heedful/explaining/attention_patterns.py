@@ -23,7 +23,7 @@ from heedful.core.kinds import Tokenizer, words_of
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
-from heedful.explaining.aim import fed, pairs, spelled
+from heedful.explaining.aim import fed, pairs, spelled_in_order
 from heedful.explaining.site_values import require_once
 from heedful.models import Loaded
 
@@ -183,7 +183,7 @@ def patterns(
         return Patterns([], maps, named, picture=_picture(given.model, inputs))
     second = inputs.get("decoder_input_ids", ids)
     unsure = second.shape == ids.shape and not torch.equal(second, ids)  # an axis would not tell whose words it has
-    return Patterns([] if unsure else spelled(ids[0], words), maps, named, text if readers else None)
+    return Patterns([] if unsure else spelled_in_order(ids[0], words), maps, named, text if readers else None)
 
 
 def _joined(rows: Sequence[Tensor]) -> Tensor:

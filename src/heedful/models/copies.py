@@ -23,6 +23,7 @@ from heedful.core.files import file_digest
 MONTH = 30 * 24 * 3600  # seconds
 FOLLOWED = ("heedful.models.",)  # whose code counts wherever a conversion uses it
 Convert = Callable[[Sequence[Path], Path], None]  # of a model's files, the first of which names it, into a folder
+SOURCE = "source.json"  # in a copy, says what it is of
 DRAFT, GONE = ".draft-", ".gone-"  # names of folders on their way to a copy, and to nothing
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def _make_copy(paths: Sequence[Path], home: Path, source: dict[str, Any], conver
     try:
         convert(paths, draft)
         written = {**source, "weights": (draft / "model.safetensors").stat().st_size}
-        (draft / "source.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
+        (draft / SOURCE).write_text(json.dumps(written, indent=1), encoding="utf-8")
         if home.exists() and not _is_copy(home, source):
             with suppress(FileNotFoundError):  # another process has moved it away just now
                 home.rename(draft / "spoilt")
@@ -100,9 +101,17 @@ def _make_copy(paths: Sequence[Path], home: Path, source: dict[str, Any], conver
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def copied(home: Path) -> str:
+    """What a copy is a copy of, as its file is called; of a folder that is none, its own name."""
+    try:
+        return Path(json.loads((home / SOURCE).read_text(encoding="utf-8"))["file"]).stem
+    except (OSError, ValueError, TypeError, KeyError):
+        return home.name
+
+
 def _is_copy(home: Path, source: dict[str, Any]) -> bool:
     try:
-        written = json.loads((home / "source.json").read_text(encoding="utf-8"))
+        written = json.loads((home / SOURCE).read_text(encoding="utf-8"))
         weights = (home / "model.safetensors").stat().st_size
     except (OSError, ValueError):
         return False
