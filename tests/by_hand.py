@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import models
+from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
+from heedful.authoring import Method
+from heedful.conformance.tolerances import close_model
 
 Turn = Callable[[Tensor], Tensor]
 
@@ -106,3 +108,18 @@ def in_pieces(run: Any, ids: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, An
         cache = out[CACHE]
         parts.append(out.logits)
     return torch.cat(parts, 1), cache
+
+
+def padding_counts_for_nothing(method: Method, side: str, **how: Any) -> None:
+    """A text says in a small llama what it says with padding on one of its sides; `how` goes to `attach`."""
+    model = models.tiny("llama")
+    ids = models.tiny_inputs(model, batch=1, length=14)["input_ids"]
+    pad = torch.zeros(1, 6, dtype=torch.long)
+    parts, marks = [ids, pad], [torch.ones_like(ids), pad]
+    if side == "left":
+        parts, marks = parts[::-1], marks[::-1]
+    padded, mask = torch.cat(parts, 1), torch.cat(marks, 1)
+    with torch.no_grad(), attach(model, method, **how) as run:
+        alone = run(input_ids=ids).logits
+        found = run(input_ids=padded, attention_mask=mask).logits[mask.bool()][None]
+    assert close_model(found, alone)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
+from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
+from heedful.authoring import SiteError
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
@@ -96,3 +100,14 @@ def agrees(
     single = [x.detach().float() for x in qkv.values()]
     found = method.attend(tuple(single), replace(call, state=State())) * text  # type: ignore[attr-defined]
     assert close(found, wanted.float(), 512)
+
+
+def refuses_a_cache_that_was_cut_back(method: Method) -> None:
+    """As of sums over queries, of which no cache holds those that are gone."""
+    model = models.tiny("llama")
+    ids = models.tiny_inputs(model)["input_ids"]
+    with torch.no_grad(), attach(model, method) as run:
+        cache = run(input_ids=ids, use_cache=True)[CACHE]
+        cache.crop(-4)
+        with pytest.raises(SiteError, match="sums over earlier queries are needed"):
+            run(input_ids=ids[:, 8:], **{CACHE: cache})

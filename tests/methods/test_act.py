@@ -17,6 +17,7 @@ from heedful.core.positions import Positions
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.methods.intervene.language import act
 from heedful.methods.intervene.language.act import ACT
+from tests.by_hand import padding_counts_for_nothing
 
 
 def _pattern(n: int = 13, seed: int = 0) -> Tensor:
@@ -97,17 +98,7 @@ def test_a_row_with_nobody_to_give_to_stays() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_counts_for_nothing(side: str) -> None:
-    model, method = models.tiny("llama"), ACT(threshold=0.05)
-    ids = models.tiny_inputs(model, batch=1, length=14)["input_ids"]
-    pad = torch.zeros(1, 6, dtype=torch.long)
-    parts, marks = [ids, pad], [torch.ones_like(ids), pad]
-    if side == "left":
-        parts, marks = parts[::-1], marks[::-1]
-    padded, mask = torch.cat(parts, 1), torch.cat(marks, 1)
-    with torch.no_grad(), attach(model, method) as run:
-        alone = run(input_ids=ids).logits
-        found = run(input_ids=padded, attention_mask=mask).logits[mask.bool()][None]
-    assert close_model(found, alone)
+    padding_counts_for_nothing(ACT(threshold=0.05), side)
 
 
 def test_heads_are_chosen_by_wrapping() -> None:

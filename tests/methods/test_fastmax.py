@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
-from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Shape
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError
 from heedful.methods import Fastmax
-from tests.methods.linear import Text, agrees, drawn
+from tests.methods.linear import Text, agrees, drawn, refuses_a_cache_that_was_cut_back
 
 
 def _by_hand(text: Text, order: int) -> Tensor:
@@ -53,13 +51,7 @@ def test_equal_channels_make_a_plain_mean() -> None:
 
 
 def test_a_cache_that_was_cut_back_is_refused() -> None:
-    model = models.tiny("llama")
-    ids = models.tiny_inputs(model)["input_ids"]
-    with torch.no_grad(), attach(model, Fastmax()) as run:
-        cache = run(input_ids=ids, use_cache=True)[CACHE]
-        cache.crop(-4)
-        with pytest.raises(SiteError, match="sums over earlier queries are needed"):
-            run(input_ids=ids[:, 8:], **{CACHE: cache})
+    refuses_a_cache_that_was_cut_back(Fastmax())
 
 
 def test_errors() -> None:

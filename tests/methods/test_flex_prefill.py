@@ -60,9 +60,18 @@ def test_vertical_and_slash(gamma: float, least: int, text: Tensor | None) -> No
 
 def test_a_later_call_has_its_slashes_where_its_own_keys_are() -> None:
     bare = Bare(Shape(b=1, q=8, k=24))
-    (rule,) = FlexPrefill(0.3, 0.0, 0, size=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
+    (rule,) = FlexPrefill(0.7, 0.0, 0, size=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
     for h, rows in enumerate(true_map(bare, 0)):
-        assert torch.equal(rule.table[0, h], _vertical_slash(rows[-4:], 4, 0.3, 0)[4:]), h
+        seen = torch.ones(6, 6).tril().bool()[4:]
+        assert torch.equal(rule.table[0, h] & seen, _vertical_slash(rows[-4:], 4, 0.7, 0)[4:]), h
+
+
+def test_block_means_are_asked_by_all_rows_of_a_call_of_one_block() -> None:
+    bare = Bare(Shape(b=1, q=4, k=24))
+    told = FlexPrefill.estimate(grid_of(bare, 4), torch.arange(4)[None])
+    for h in range(4):
+        last, keys = bare.q[0, h].mean(0), _means(bare.k[0, h // 2], 4)
+        assert close(told[0, h], torch.stack([last @ y / len(last) ** 0.5 for y in keys]).softmax(0))
 
 
 def _means(x: Tensor, size: int) -> list[Tensor]:

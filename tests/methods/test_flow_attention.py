@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
-from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Shape
-from heedful.core.errors import SiteError
 from heedful.methods import FlowAttention
-from tests.methods.linear import Text, agrees, drawn
+from tests.methods.linear import Text, agrees, drawn, refuses_a_cache_that_was_cut_back
 
 
 def _capacity(text: Text) -> Tensor:
@@ -63,13 +60,7 @@ def test_another_number_of_sinks_than_of_sources() -> None:
 
 
 def test_a_cache_that_was_cut_back_is_refused() -> None:
-    model = models.tiny("llama")
-    ids = models.tiny_inputs(model)["input_ids"]
-    with torch.no_grad(), attach(model, FlowAttention()) as run:
-        cache = run(input_ids=ids, use_cache=True)[CACHE]
-        cache.crop(-4)
-        with pytest.raises(SiteError, match="sums over earlier queries are needed"):
-            run(input_ids=ids[:, 8:], **{CACHE: cache})
+    refuses_a_cache_that_was_cut_back(FlowAttention())
 
 
 def test_a_text_that_was_read_without_it_begins_where_it_goes_on() -> None:

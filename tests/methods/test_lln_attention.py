@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
-from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Shape
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError
 from heedful.methods import LLNAttention
-from tests.methods.linear import Text, agrees, drawn
+from tests.methods.linear import Text, agrees, drawn, refuses_a_cache_that_was_cut_back
 
 A, B = 0.14855178144710912, -0.35487039130661086  # of the authors' code
 
@@ -102,13 +100,7 @@ def test_it_is_as_concentrated_as_softmax_whatever_the_temperature() -> None:
 
 
 def test_a_cache_that_was_cut_back_is_refused() -> None:
-    model = models.tiny("llama")
-    ids = models.tiny_inputs(model)["input_ids"]
-    with torch.no_grad(), attach(model, LLNAttention()) as run:
-        cache = run(input_ids=ids, use_cache=True)[CACHE]
-        cache.crop(-4)
-        with pytest.raises(SiteError, match="sums over earlier queries are needed"):
-            run(input_ids=ids[:, 8:], **{CACHE: cache})
+    refuses_a_cache_that_was_cut_back(LLNAttention())
 
 
 def test_errors() -> None:

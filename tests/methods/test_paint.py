@@ -20,6 +20,7 @@ from heedful.core.positions import Positions
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.methods.intervene.vision.paint import PAINT
+from tests.by_hand import padding_counts_for_nothing
 
 N, SPAN = 16, (3, 14)
 
@@ -101,17 +102,7 @@ def test_each_added_token_is_a_last_row() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_counts_for_nothing(side: str) -> None:
-    model, method = models.tiny("llama"), PAINT(alpha=2.0, share=0.5)
-    ids = models.tiny_inputs(model, batch=1, length=14)["input_ids"]
-    pad = torch.zeros(1, 6, dtype=torch.long)
-    parts, marks = [ids, pad], [torch.ones_like(ids), pad]
-    if side == "left":
-        parts, marks = parts[::-1], marks[::-1]
-    padded, mask = torch.cat(parts, 1), torch.cat(marks, 1)
-    with torch.no_grad(), attach(model, method, roles={"marked": ((2, 9),)}) as run:
-        alone = run(input_ids=ids).logits
-        found = run(input_ids=padded, attention_mask=mask).logits[mask.bool()][None]
-    assert close_model(found, alone)
+    padding_counts_for_nothing(PAINT(alpha=2.0, share=0.5), side, roles={"marked": ((2, 9),)})
 
 
 @pytest.mark.parametrize(

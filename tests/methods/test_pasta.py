@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from heedful import attach, fit, models
-from heedful.conformance.tolerances import close, close_model
+from heedful.conformance.tolerances import close
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.core.summary import Summary
 from heedful.methods.intervene.language.pasta import PASTA
+from tests.by_hand import padding_counts_for_nothing
 
 N, SPAN = 8, (2, 5)
 
@@ -74,17 +75,7 @@ def test_tokens_that_the_model_adds_are_not_turned_down() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_counts_for_nothing(side: str) -> None:
-    model, method = models.tiny("llama"), PASTA(alpha=0.05)
-    ids = models.tiny_inputs(model, batch=1, length=14)["input_ids"]
-    pad = torch.zeros(1, 6, dtype=torch.long)
-    parts, marks = [ids, pad], [torch.ones_like(ids), pad]
-    if side == "left":
-        parts, marks = parts[::-1], marks[::-1]
-    padded, mask = torch.cat(parts, 1), torch.cat(marks, 1)
-    with torch.no_grad(), attach(model, method, roles={"marked": (SPAN,)}) as run:
-        alone = run(input_ids=ids).logits
-        found = run(input_ids=padded, attention_mask=mask).logits[mask.bool()][None]
-    assert close_model(found, alone)
+    padding_counts_for_nothing(PASTA(alpha=0.05), side, roles={"marked": (SPAN,)})
 
 
 def test_a_fit_takes_the_best_heads_of_every_task() -> None:

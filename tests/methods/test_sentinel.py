@@ -108,7 +108,7 @@ def test_errors(model: Any) -> None:
     with pytest.raises(FieldError, match="probe = None: must be fitted"):
         heedful.arrange(model, prompt(), Sentinel())
     names = ("weight", "mean", "deviation", "bias")
-    with pytest.raises(FieldError, match="was fitted to another model; this one has 12 heads"):
+    with pytest.raises(FieldError, match="fitted to another model: to points of 1 numbers, and these are of 12"):
         heedful.arrange(model, prompt(), Sentinel(probe=Fitted({name: torch.ones(1) for name in names})))
     text = {"input_ids": torch.tensor([prompt().tokens]), "roles": prompt().roles}
     with pytest.raises(FieldError, match="a label for each of 5 sentences"):

@@ -9,7 +9,7 @@ import heedful
 from heedful import models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, StatisticError
-from heedful.methods.observe.weibull_weights import GAUSSIAN, WeibullWeights
+from heedful.methods.observe.weibull_weights import GAUSSIAN, WeibullWeights, _spread
 
 
 @pytest.mark.parametrize(("shape", "scale"), [(0.7, 0.02), (1.0, 3.0), (2.5, 0.1)])
@@ -68,6 +68,7 @@ def test_every_projection_of_every_layer_and_the_model_stays() -> None:
 
 
 def test_a_sample_is_spread_over_the_whole_matrix() -> None:
+    assert _spread(10, 4, torch.device("cpu")).tolist() == [0, 3, 6, 9]
     u = torch.linspace(0, 1, 40_002, dtype=torch.float64)[1:-1]
     sizes = -torch.log1p(-u)  # from small to large, so that any part of them has another shape
     whole, some = WeibullWeights().line(sizes), WeibullWeights(sample=4000).line(sizes)

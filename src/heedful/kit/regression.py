@@ -1,10 +1,15 @@
-"""Logistic regression, as fits have it of what they saw of many tokens, sentences or heads."""
+"""Logistic regression, as fits have it of what they saw of many tokens, sentences or heads, and what it then says."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+
+from heedful.core.errors import FieldError
+from heedful.kit.seeds import seed_of
 
 
 def logistic(x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -29,3 +34,16 @@ def logistic(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         search.step(loss)
     found = {"weight": weight.detach(), "bias": bias.detach(), "mean": mean, "deviation": deviation}
     return {name: each.float() for name, each in found.items()}
+
+
+def log_odds(owner: Any, field: str, x: Tensor) -> Tensor:
+    """What the owner's fit says of points `[... e]`, `[...]`; where there is none, a direction that its seed draws."""
+    fitted = getattr(owner, field)
+    if fitted is None:
+        source = torch.Generator().manual_seed(seed_of(owner, field))
+        return x @ torch.randn(x.shape[-1], generator=source).to(x)
+    weight, mean, deviation, bias = (fitted[name].to(x) for name in ("weight", "mean", "deviation", "bias"))
+    if weight.shape != x.shape[-1:]:
+        rule = f"was fitted to another model: to points of {len(weight)} numbers, and these are of {x.shape[-1]}"
+        raise FieldError(owner, field, fitted, rule, "a fit to this model")
+    return (x - mean) / deviation @ weight + bias

@@ -17,9 +17,8 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
 from heedful.kit.merging import MergesTokens, is_fixed, kept
-from heedful.kit.regression import logistic
+from heedful.kit.regression import log_odds, logistic
 from heedful.kit.running import wide
-from heedful.kit.seeds import seed_of
 
 
 class SelectAndPack(MergesTokens):
@@ -76,14 +75,7 @@ class SelectAndPack(MergesTokens):
 
     def gated(self, stream: Tensor) -> Tensor:
         """How sure the gate is of each token, `[b n]`."""
-        if self.gate is None:
-            source = torch.Generator().manual_seed(seed_of(self, "gate"))
-            return (stream @ torch.randn(stream.shape[-1], generator=source).to(stream)).sigmoid()
-        weight, mean, deviation, bias = (self.gate[n].to(stream) for n in ("weight", "mean", "deviation", "bias"))
-        if weight.shape != stream.shape[-1:]:
-            rule = f"was fitted to another model; this one's stream has {stream.shape[-1]} numbers"
-            raise FieldError(self, "gate", self.gate, rule, "a fit to this model")
-        return ((stream - mean) / deviation @ weight + bias).sigmoid()
+        return log_odds(self, "gate", stream).sigmoid()
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SelectAndPack:
         """Logistic regression of the labels on what the stream holds of each patch."""

@@ -19,8 +19,7 @@ from heedful.core.regions import Span
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
 from heedful.kit.budget import Budget, require_budget, room_for
-from heedful.kit.regression import logistic
-from heedful.kit.seeds import seed_of
+from heedful.kit.regression import log_odds, logistic
 from heedful.methods.sparse.tokens._spans import with_room, without
 
 _PAPER = Paper(
@@ -91,14 +90,7 @@ class Sentinel(Tokens):
 
     def scores(self, x: Tensor) -> Tensor:
         """How relevant the probe finds sentences of these features `[s f]`."""
-        if self.probe is None:
-            source = torch.Generator().manual_seed(seed_of(self, "probe"))
-            return x @ torch.randn(x.shape[1], generator=source).to(x)
-        weight, mean, deviation, bias = (self.probe[n].to(x) for n in ("weight", "mean", "deviation", "bias"))
-        if weight.shape != x.shape[1:]:
-            rule = f"was fitted to another model; this one has {x.shape[1]} heads"
-            raise FieldError(self, "probe", self.probe, rule, "a fit to this model")
-        return (x - mean) / deviation @ weight + bias
+        return log_odds(self, "probe", x)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Sentinel:
         """Logistic regression of the labels on the features of all texts' sentences."""
