@@ -47,7 +47,7 @@ def test_importance_is_what_one_head_alone_changes(mean: Tensor | None) -> None:
         torch.testing.assert_close(row.float(), (total / sizes).float())
     order = found.divergence.flatten().argsort(descending=True)[:3].tolist()
     assert found.top(3) == tuple(divmod(i, 4) for i in order)
-    assert found.figure.high == float(found.divergence.max())
+    assert (found.figure.low, found.figure.high) == (0.0, float(found.divergence.max()))
     assert "nats" in repr(found)
     assert ", loss" in repr(found)
 
@@ -148,6 +148,23 @@ def test_importance_of_a_model_that_trains_and_of_a_head_that_hands_over_nothing
     torch.testing.assert_close(found.divergence, head_importance(model.eval(), batches).divergence)
     assert found.divergence[0, 0] == 0
     assert found.divergence[0, 1] > 0
+
+
+def test_an_answer_that_a_model_never_gives_moves_nothing() -> None:
+    class Never(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor, out: bool) -> Tensor:
+            logits: Tensor = self.one(x, x, x, need_weights=False)[0]
+            last = torch.full_like(logits[..., :1], -torch.inf)
+            return torch.cat([logits, last], -1) if out else logits
+
+    torch.manual_seed(0)
+    model, x = Never().eval(), torch.randn(2, 5, 8)
+    with_it, without = (head_importance(model, [{"x": x, "out": out}]) for out in (True, False))
+    torch.testing.assert_close(with_it.divergence, without.divergence)
 
 
 def test_importance_says_what_is_wrong() -> None:
