@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from heedful import Method, Site
@@ -14,6 +17,8 @@ from heedful.authoring import at
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
+from heedful.core.stats import Sum
+from heedful.core.summary import Summary, sums
 from heedful.engine import attend
 from heedful.engine.backends import tiled
 from heedful.methods import ClippedSoftmax
@@ -21,6 +26,7 @@ from heedful.methods import ClippedSoftmax
 from .samples import PAPER, Scale
 
 TOKENS = 64
+LEAST = torch.finfo(torch.float32).min
 
 
 class Halved(Method):
@@ -31,6 +37,22 @@ class Halved(Method):
     @at(Site.NORMALISE)
     def halve(self, scores: Tensor, call: Call) -> Tensor:
         return scores.softmax(-1) / 2
+
+
+class Fourth(Method):
+    """One score for all that the token at 4 sees, and what tokens receive."""
+
+    paper = PAPER
+    score: float
+
+    @at(Site.SCORES)
+    def level(self, scores: Tensor, call: Call) -> Tensor:
+        return scores.where(call.q_pos[..., None] != 4, self.score)
+
+    @sums("received")
+    def weigh(self, pattern: Summary, call: Call) -> Sum:
+        assert pattern.received is not None
+        return Sum.of(pattern.received.sum(0))
 
 
 def test_tiles_are_smaller_where_steps_or_the_way_back_hold_many_maps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +98,32 @@ def test_no_softmax_is_made_where_a_step_has_its_own(monkeypatch: pytest.MonkeyP
     made.clear()
     bare.run(ClippedSoftmax(0.0), "tiled", tile_rows=16)  # one that changes nothing is compared with it for good
     assert made == [False] * 4
+
+
+@pytest.mark.parametrize("score", [1.0, LEAST], ids=["plain", "as low"])
+def test_hidden_weights_are_made_zeros_where_softmax_did_not(monkeypatch: pytest.MonkeyPatch, score: float) -> None:
+    looked: list[Tensor] = []
+    own = attend.zeroed
+
+    def counted(weights: Tensor, *more: Tensor, **settings: Any) -> Tensor:
+        looked.append(weights)
+        return own(weights, *more, **settings)
+
+    monkeypatch.setattr(attend, "zeroed", counted)
+    bare = Bare(Shape(q=TOKENS, k=TOKENS))
+    found = bare.run(Fourth(score), "tiled", tile_rows=16)[1]["weigh, layer 0"].value
+    assert len(looked) == (score == LEAST)  # in the one tile where a row saw nothing
+    scores = bare.q @ bare.call.spread(bare.k).mT * bare.call.scale
+    scores[:, :, 4] = 1.0
+    seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    told = scores.masked_fill(~seen, -math.inf).softmax(-1).sum((0, 2))
+    assert close(found[:, 5:], told[:, 5:])  # of later tokens, to which the row gives nothing
+
+
+@pytest.mark.parametrize("top", [math.nan, math.inf, -math.inf, LEAST, -LEAST])
+def test_a_row_without_numbers_may_have_any_weights(top: float) -> None:
+    assert attend._above_hidden(torch.tensor([0.0, 1e30]))
+    assert not attend._above_hidden(torch.tensor([0.0, top]))
 
 
 ASKED = """

@@ -193,5 +193,5 @@ def _reach(x: Tensor) -> float:
     """How far the farthest is from zero, and no number where one is none."""
     if not x.numel():
         return 0.0
-    x = x.detach()
-    return float(torch.maximum(-x.amin(), x.amax()))
+    low, high = x.detach().aminmax()
+    return float(torch.maximum(-low, high))

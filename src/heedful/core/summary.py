@@ -114,8 +114,11 @@ class SummaryAccumulator:
         """One that is asked for the same, and has added up nothing."""
         return SummaryAccumulator(self.requested, self.call, self.carry, self.learned)
 
-    def add(self, weights: Tensor, scores: Tensor | None, call: Call) -> None:
-        """Take a tile: its final weights, and its masked scores where the weights are a plain softmax of them."""
+    def add(self, weights: Tensor, scores: Tensor | None, call: Call, top: Tensor | None = None) -> None:
+        """Take a tile: its final weights, and its masked scores where the weights are a plain softmax of them.
+
+        Who knows the highest score of each row says it as `top`.
+        """
         if not self.learned:
             weights, scores = weights.detach(), None if scores is None else scores.detach()
         mine = weights if self.call.queries.is_filled is None else weights * call.is_text[..., None]
@@ -139,7 +142,7 @@ class SummaryAccumulator:
             elif scores is None:
                 rows["entropy"] = torch.special.entr(weights).sum(-1)
             else:
-                rows["entropy"] = _entropy(weights, scores, rows["peak"])
+                rows["entropy"] = _entropy(weights, scores, rows["peak"], top)
         if "first" in self.requested:
             rows["first"] = _first(weights, call)
         if self.carry is not None:
@@ -150,7 +153,7 @@ class SummaryAccumulator:
     def _gather(self, name: str, x: Tensor, call: Call) -> None:
         held = self._held(name, x, len(self.call.keys))
         if isinstance(call.cols, slice):
-            held[..., call.cols] += x
+            held[..., call.cols].add_(x)
         else:
             held.index_add_(-1, call.cols, x)
 
@@ -176,7 +179,7 @@ class SummaryAccumulator:
             found = _diagonals(weights).flip(-1)
         lo, hi = max(0, nearest), min(self.reach, nearest + found.shape[-1])
         if lo < hi:
-            slots[..., lo:hi] += found[..., lo - nearest : hi - nearest]
+            slots[..., lo:hi].add_(found[..., lo - nearest : hi - nearest])
 
     @cached_property
     def nearest(self) -> int:
@@ -215,7 +218,7 @@ def _below(x: Tensor) -> Tensor:
     r, k = x.shape[-2:]
     # cut into rows that are one longer, diagonals come to stand as columns; where one leaves its row it meets zeros
     rest = x.flatten(2)[..., k + 1 - r :].unflatten(2, (r - 1, k + 1))[..., 1:].sum(-2)
-    rest[..., r - 1 :] += x[..., 0, : k + 1 - r]
+    rest[..., r - 1 :].add_(x[..., 0, : k + 1 - r])
     return rest
 
 
@@ -226,10 +229,10 @@ def _skewed(x: Tensor) -> Tensor:
     return x.as_strided((*x.shape[:3], x.shape[3] - r + 1), (*x.stride()[:2], x.stride(2) + 1, 1)).sum(-2)
 
 
-def _entropy(weights: Tensor, scores: Tensor, peak: Tensor) -> Tensor:
+def _entropy(weights: Tensor, scores: Tensor, peak: Tensor, top: Tensor | None) -> Tensor:
     """Of softmax weights, from their scores: log-sum-exp times the row's sum, less the weights' mean score."""
     # exp(score - lse) = weight holds at the peak too, which gives the log-sum-exp without another pass
-    lse = scores.amax(-1) - peak.log()
+    lse = (scores.amax(-1) if top is None else top) - peak.log()
     found = lse * weights.sum(-1) - torch.einsum("bhqk,bhqk->bhq", weights, scores)
     return torch.where(peak > 0, found.clamp(min=0.0), 0.0)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError, shape_of
-from heedful.core.flags import left_out, lowered, zeroed
+from heedful.core.flags import left_out, lowered, traced, zeroed
 from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
@@ -140,21 +140,30 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
         weights = softmax(scores.detach() if first else scores, sink, job.lent("weights", scores.shape, scores))
     for step in steps:
         weights = _normalised(step, scores, weights, job, call)
-    if keep is not None and near:
-        # zeros already, but where a step hid all that a query may see by numbers as low, or normalises otherwise;
+    top = scores.detach().amax(-1) if near and not steps else None
+    if keep is not None and near and (top is None or not _above_hidden(top)):
         # what a step made is not changed in place
         weights = zeroed(weights, keep, into=not steps, near=near)
     weights = stage(Site.PATTERN, weights, job, call)
     if call.above:
+        top = None if top is None else top[:, :, call.above :]
         scores, weights, call = scores[:, :, call.above :], weights[:, :, call.above :], own_rows(call)
     if job.accumulator is not None:
         plain = not job.plan.edits(Site.NORMALISE, Site.PATTERN)
-        job.accumulator.add(weights, scores if plain else None, call)
+        job.accumulator.add(weights, scores if plain else None, call, top)
     if job.dropout:
         weights = torch.nn.functional.dropout(weights, job.dropout)
     weights = weights.to(v.dtype)
     kept = None if job.spare is None else v.new_empty(*weights.shape[:3], v.shape[3])
     return grouped(weights, v, kept), weights
+
+
+def _above_hidden(top: Tensor) -> bool:
+    """Whether the highest score of every row is a number so far above hidden ones that softmax made zeros of these.
+
+    It is not where a step, or the model, hid all that a query may see by numbers as low.
+    """
+    return not traced(top) and bool((top.abs() < torch.finfo(top.dtype).max / 2).all())
 
 
 def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall, call: Call) -> Tensor:
