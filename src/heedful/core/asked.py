@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -89,28 +90,33 @@ def _require_known(owner: str, known: list[str], given: Mapping[str, Any]) -> No
 
 
 def require_fields(value: Any) -> None:
-    """Refuse a value whose fields are of no kind that their annotations name; a list becomes the tuple it means."""
+    """Refuse a value whose fields are of no kind that their annotations name; see `_as_plain` for what is taken."""
     kind: Any = type(value)
     hints = _hints_in(kind)
     for field in fields(value):
         if field.name in hints:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
             given, hint = getattr(value, field.name), hints[field.name]
-            if _fits(given, hint):
-                continue
-            if _fits(taken := _as_tuples(given, hint), hint):
-                object.__setattr__(value, field.name, taken)
-            else:
-                _require(kind.__name__, field.name, given, hint, default)
+            _require(kind.__name__, field.name, taken := _as_plain(given, hint), hint, default)
+            object.__setattr__(value, field.name, taken)
+
+
+def require_finite(value: Any) -> None:
+    """Refuse fields that hold infinity, which files cannot."""
+    for field in fields(value):
+        if _endless(given := getattr(value, field.name)):
+            good = field.default if isinstance(field.default, float) else _BY_KIND["a number"]
+            raise FieldError(type(value).__name__, field.name, given, "must be finite", good)
 
 
 def after_kinds(own: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A class's own check of its fields, once each is known to be of its kind."""
+    """A class's own check of its fields, once each is known to be of its kind; infinity is refused behind it."""
 
     @wraps(own)
     def checked(self: Any) -> None:
         require_fields(self)
         own(self)
+        require_finite(self)
 
     return checked
 
@@ -155,7 +161,7 @@ def _fits(x: Any, hint: Any) -> bool:
     if origin is type:
         return isinstance(x, type)
     if hint is int:
-        return not isinstance(x, bool | Tensor) and hasattr(x, "__index__")
+        return whole_number(x) is not None
     if hint is float:
         return isinstance(x, Real) and not isinstance(x, bool) and not math.isnan(x)
     if origin is tuple and isinstance(x, tuple) and inside:
@@ -178,14 +184,36 @@ def _fits(x: Any, hint: Any) -> bool:
     return isinstance(x, kind)
 
 
-def _as_tuples(x: Any, hint: Any) -> Any:
-    """Lists and ranges as tuples where the annotation names one, so that a value is frozen and has a hash."""
+def whole_number(x: Any) -> int | None:
+    """What counts as a whole number, such as numpy's, as Python's own; None for all else, and for truth values."""
+    if isinstance(x, bool | Tensor):
+        return None
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
+
+
+def _endless(x: Any) -> bool:
+    return any(map(_endless, x)) if isinstance(x, tuple) else isinstance(x, float) and math.isinf(x)
+
+
+def _as_plain(x: Any, hint: Any) -> Any:
+    """What a field holds of what was given for it, so that a value is frozen, has a hash and can be written down.
+
+    Lists and ranges become tuples where the annotation names one, and numpy's numbers Python's own.
+    """
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return next((found for kind in inside if _fits(found := _as_tuples(x, kind), kind)), x)
+        return next((found for kind in inside if _fits(found := _as_plain(x, kind), kind)), x)
+    if hint in (int, float) and type(x) not in (int, float) and _fits(x, hint):
+        whole = whole_number(x)
+        return float(x) if whole is None else whole
     if origin is tuple and inside and isinstance(x, list | range | tuple):
+        if inside == (int, ...) and all(type(one) is int for one in x):
+            return tuple(x)  # tokens, of which there may be many
         kinds = inside[:1] * len(x) if inside[-1] is ... else inside
-        return tuple(map(_as_tuples, x, kinds)) if len(kinds) == len(x) else x
+        return tuple(map(_as_plain, x, kinds)) if len(kinds) == len(x) else x
     return x
 
 
