@@ -155,7 +155,8 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall,
     if step.edit.weighs:
         new = weighing_of(step, job, call).of(scores, call.keep)
     else:
-        new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
+        with Untouched(step, job, scores):
+            new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
     if not isinstance(new, Tensor) or new.shape != scores.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {tuple(scores.shape)}, got {got}")
