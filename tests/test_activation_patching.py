@@ -16,7 +16,9 @@ from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.explaining.activation_patching import HeadEffects, _placing, patching, path_patching
 from heedful.methods.explain.patch import Patch
+from heedful.models import Loaded
 from tests.samples import PAPER, uneven
+from tests.test_diagnose_texts import characters
 
 CLEAN = torch.tensor([[5, 17, 9, 88, 40, 23], [7, 31, 60, 90, 12, 44]])
 CORRUPT = torch.tensor([[5, 17, 77, 88, 40, 23], [7, 31, 18, 90, 12, 44]])
@@ -98,6 +100,17 @@ def test_activation_patching_head_by_head() -> None:
     some = patching(model, CLEAN, CORRUPT, metric, layers=[1], positions=(0, 1))
     assert some.share[0].isnan().all()
     assert close(some.share[1], torch.zeros(4))  # the prompts begin alike, and nothing comes from behind
+
+
+@pytest.mark.parametrize("effects", [patching, path_patching])
+def test_texts_are_prompts_too(effects) -> None:
+    model, words = models.tiny("llama"), characters()
+    clean, corrupt = (words([text, "dog"], return_tensors="pt").input_ids for text in ("cat", "cut"))
+    want = effects(model, clean, corrupt, metric)
+    found = effects(Loaded(model, words, ""), ["cat", "dog"], ["cut", "dog"], metric)
+    assert torch.equal(found.share, want.share)
+    alone = effects(model, "cat", "cut", metric, tokenizer=words)
+    assert torch.equal(alone.share, effects(model, clean[:1], corrupt[:1], metric).share)
 
 
 def test_the_estimate_is_the_slope_of_the_effect() -> None:

@@ -19,16 +19,19 @@ from heedful.core.entry import Layer
 from heedful.core.errors import Code, FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
+from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
-from heedful.explaining.aim import following, pairs, require_count, strongest
+from heedful.explaining.aim import fed_each, following, pairs, require_count, strongest
 from heedful.explaining.drawn import Told
 from heedful.explaining.site_values import keeping, require_once
 from heedful.methods.explain.patch import Patch, patched
+from heedful.models import Loaded
 
 Metric = Callable[[Tensor], Tensor]  # logits [b n v] -> one number a text [b], higher where the answer is the clean one
-Inputs = Tensor | Mapping[str, Any]  # token ids [b n]; or all that a model takes, "roles" beside it
+# token ids [b n]; all that a model takes, "roles" beside it; or a text, or several of equally many tokens
+Inputs = Tensor | Mapping[str, Any] | str | Sequence[str]
 METRIC = Code("lambda logits: logits[:, -1, right] - logits[:, -1, wrong]")
 SIDES = {"q": Site.QUERY, "k": Site.KEY, "v": Site.VALUE}
 
@@ -80,8 +83,8 @@ class HeadEffects(Told):
 
 
 @asks
-def patching(
-    model: nn.Module,
+def patching(  # noqa: PLR0913 - what a user may set
+    model: nn.Module | Loaded,
     clean: Inputs,
     corrupt: Inputs,
     metric: Metric,
@@ -90,17 +93,19 @@ def patching(
     layers: Iterable[int] | None = None,
     estimate: bool = False,
     under: Part | Stack | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> HeadEffects:
     """Activation patching: run the corrupt prompts `[b n]` with one head's output from the clean ones, head by head.
 
-    Prompts may be all that a model takes, so that the corrupt ones may differ in a picture. What corrupts may also be
+    Prompts are token ids, a text or a list of texts, each of as many tokens as its partner; or all that a model takes,
+    so that the corrupt ones may differ in a picture. What corrupts may also be
     a stack, `TokenNoise` say, which acts `under` the corrupt run alone and finds its spans by that one's "roles".
 
     A head's share is how far that alone brings the metric back. One forward of all prompts for each head; or, for an
     `estimate`, two forwards and a backward for all: each output's difference times the metric's gradient there, the
     first term of the same effect (attribution patching).
     """
-    probe = _Probe(model, clean, corrupt, metric, layers, under)
+    probe = _Probe(model, clean, corrupt, metric, layers, tokenizer, under)
     if positions is not None:
         positions, n = tuple(sorted(set(positions))), probe.clean["input_ids"].shape[1]
         if not positions or positions[0] < 0 or positions[-1] >= n:
@@ -120,7 +125,7 @@ def patching(
 
 @asks
 def path_patching(
-    model: nn.Module,
+    model: nn.Module | Loaded,
     clean: Inputs,
     corrupt: Inputs,
     metric: Metric,
@@ -128,6 +133,7 @@ def path_patching(
     receivers: Iterable[Head] = (),
     side: Literal["q", "k", "v"] = "q",
     layers: Iterable[int] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> HeadEffects:
     """Path patching: one head's output from the corrupt prompts, seen by the `receivers` alone, in a clean run.
 
@@ -140,7 +146,7 @@ def path_patching(
     """
     if side not in SIDES:
         raise FieldError("path_patching()", "side", side, "must be 'q', 'k' or 'v'", "q")
-    probe = _Probe(model, clean, corrupt, metric, layers)
+    probe = _Probe(model, clean, corrupt, metric, layers, tokenizer)
     heads_of, first = pairs("path_patching()", receivers, "receivers"), min(probe.requested)
     sizes = {size.number: size.heads for size in probe.sizes}
     known = all(heads[-1] < sizes.get(layer, 0) for layer, heads in heads_of.items())
@@ -173,18 +179,20 @@ class _Probe:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Loaded,
         clean: Inputs,
         corrupt: Inputs,
         metric: Metric,
         layers: Iterable[int] | None,
+        tokenizer: Tokenizer | None,
         under: Part | Stack | None = None,
     ) -> None:
         from heedful.adapters.choosing import adapter_for
 
-        self.model, self.metric = model, metric
+        given = model if isinstance(model, Loaded) else Loaded(model, None, "")
+        self.model, self.metric, words = given.model, metric, tokenizer or given.tokenizer
         self.under = as_stack(under)
-        self.sizes = adapter_for(model, None).sizes()
+        self.sizes = adapter_for(self.model, None).sizes()
         known = range(len(self.sizes))
         requested = list(known if layers is None else layers)
         if not requested or not all(isinstance(layer, int) and layer in known for layer in requested):
@@ -192,7 +200,8 @@ class _Probe:
                 "patching()", "layers", requested, f"must be numbers of layers, and must lie below {len(known)}", [0]
             )
         self.requested = set(requested)
-        device, (own, other) = device_of(model), (_whole(x) for x in (clean, corrupt))
+        device = device_of(self.model)
+        own, other = (_whole(self.model, x, words) for x in (clean, corrupt))
         self.roles = other.get("roles")
         self.clean, self.corrupt = (
             {name: x.to(device) for name, x in each.items() if isinstance(x, Tensor)} for each in (own, other)
@@ -294,8 +303,10 @@ def _require_texts_apart(inputs: Mapping[str, Tensor]) -> None:
         raise FieldError("patching()", "position_ids", places, rule, None)
 
 
-def _whole(given: Inputs) -> dict[str, Any]:
-    return {"input_ids": given} if isinstance(given, Tensor) else dict(given)
+def _whole(model: nn.Module, given: Inputs, words: Any) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        return dict(given)
+    return {"input_ids": given} if isinstance(given, Tensor) else fed_each("patching()", model, given, words)
 
 
 class _Change(Method):

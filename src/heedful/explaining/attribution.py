@@ -17,6 +17,7 @@ from heedful.core.method import Part
 from heedful.explaining.aim import Text, aim_of, fed, following, ids_of, spelled
 from heedful.explaining.drawn import Drawn
 from heedful.explaining.replacing import ReAGent
+from heedful.models import Loaded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,7 +52,7 @@ class Attribution(Drawn):
 
 @asks
 def attribute(
-    model: nn.Module,
+    model: nn.Module | Loaded,
     prompt: Text | str,
     method: Part | ReAGent,
     *,
@@ -69,6 +70,8 @@ def attribute(
     One forward and one backward; the maps of all layers are held at once where the method needs gradients. ReAGent
     looks at no layer, and runs the model on changed texts alone, hundreds of times.
     """
+    given = model if isinstance(model, Loaded) else Loaded(model, None, "")
+    model, tokenizer = given.model, tokenizer or given.tokenizer
     ids = ids_of(
         fed("attribute()", model, prompt, tokenizer)["input_ids"] if isinstance(prompt, str) else prompt, model
     )
