@@ -237,6 +237,8 @@ OTHER = torch.zeros(B, M, E)
         (lambda: Attention(30, 4), r"heads = 4: must be 1 or more and divide the width, 30"),
         (lambda: Attention(E, H, kv_heads=3), r"kv_heads = 3: must be 1 or more and divide the heads"),
         (lambda: Attention(E, H, kv_heads=0), r"kv_heads = 0: must be 1 or more"),
+        (lambda: Attention(E, H, kdim=0), r"kdim = 0: must be 1 or more; None: the width; for example kdim=32"),
+        (lambda: Attention(E, H, vdim=-3), r"vdim = -3: must be 1 or more"),
         (lambda: Attention(E, H, dropout=1.0), r"dropout = 1.0: must be from 0 up and below 1"),
         (lambda: Attention(E, H, layer=-1), r"layer = -1: must be 0 or more"),
         (lambda: Attention(E, H, layer=2, depth=2), r"depth = 2: must be above layer 2"),

@@ -60,6 +60,9 @@ class Attention(Served):
             raise FieldError(self, "kv_heads", kv_heads, f"must be 1 or more and divide the heads, {heads}", 1)
         if not 0 <= dropout < 1:
             raise FieldError(self, "dropout", dropout, "must be from 0 up and below 1", 0.1)
+        for name, size in (("kdim", kdim), ("vdim", vdim)):
+            if size is not None and size < 1:
+                raise FieldError(self, name, size, "must be 1 or more; None: the width", width)
         if layer < 0:
             raise FieldError(self, "layer", layer, "must be 0 or more, the number among a model's attention layers", 0)
         if depth is not None and depth <= layer:
@@ -70,7 +73,7 @@ class Attention(Served):
         if rotary is not None and self.head_dim % 2:
             raise FieldError(self, "rotary", rotary, f"turns pairs, and a head has {self.head_dim} dimensions", None)
         self.rotary = rotary
-        self.kdim, self.vdim = kdim or width, vdim or width
+        self.kdim, self.vdim = width if kdim is None else kdim, width if vdim is None else vdim
         self.causal, self.dropout, self.batch_first = causal, dropout, batch_first
         self.layer, self.depth = layer, depth or layer + 1
         self.method = Stack(()) if method is None else as_stack(method)
