@@ -44,9 +44,8 @@ class Sdpa:
         return ""
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
-        short = q.device.type == "cpu" and k.shape[2] < FEW
-        if short and job.plan.acts & INTO_SCORES and not bool((q.sum() + k.sum()).isfinite()):
-            return Tiled()(job, q, k, v)  # of keys that fill no vector, and no numbers, torch's kernel makes zeros
+        if job.plan.acts & INTO_SCORES and _lost(q, k):
+            return Tiled()(job, q, k, v)
         call = job.call
         flag, keep = _flag_or_table(call)
         mask = keep
@@ -63,6 +62,13 @@ class Sdpa:
         if keep is not None:
             heads = heads.masked_fill(~keep.any(-1, keepdim=True), 0.0)
         return heads, None
+
+
+def _lost(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's kernel would make zeros of what is no number: on a CPU, where keys are few."""
+    if q.device.type != "cpu" or k.shape[2] >= FEW or torch.compiler.is_exporting():
+        return False
+    return not bool((q.sum() + k.sum()).isfinite())
 
 
 def _flag_or_table(call: Call) -> tuple[bool, Tensor | None]:
