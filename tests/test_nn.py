@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import heedful
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.methods import DynamicConv, EfficientAttention, SigmoidAttention, SinkWindow
 from heedful.nn import Attention, convert
 
@@ -225,6 +225,16 @@ def test_convert_leaves_a_model_as_it_was_where_it_cannot(last: nn.Module, messa
     with pytest.raises(FieldError, match=message):
         convert(whole)
     assert not any(isinstance(m, Attention) for m in whole)
+
+
+@pytest.mark.parametrize("how", [{}, {"key_padding_mask": torch.zeros(B, N, dtype=torch.bool)}])
+def test_an_export_is_told_how_to_call_it(how: Any) -> None:
+    mine, x = Attention(E, H, causal=True, batch_first=True).eval(), torch.randn(B, N, E)
+    given = {**how, "need_weights": False} if how else {}
+    with pytest.raises(RefusedModel, match=r"call it with need_weights=False, and say causal=True where a mask"):
+        torch.export.export(mine, (x, x, x), given, strict=False)
+    made = torch.export.export(mine, (x, x, x), {"need_weights": False}, strict=False).module()
+    assert close(made(x, x, x, need_weights=False)[0], mine(x, x, x)[0])
 
 
 X = torch.zeros(B, N, E)

@@ -151,6 +151,12 @@ class Attention(Served):
         """
         if self.run.model is not self:
             raise RefusedModel("Attention is run in a replica, as DataParallel makes them; use one process a device")
+        masked = attn_mask is not None or key_padding_mask is not None
+        if torch.compiler.is_exporting() and (masked or need_weights is not False):
+            raise RefusedModel(
+                "torch.export can write down neither the weights of Attention nor a mask, whose values decide what is "
+                "done; call it with need_weights=False, and say causal=True where a mask says that"
+            )
         single = query.ndim == 2
         q, k, v = (self._rows(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
         if len({len(q), len(k), len(v)}) > 1 or k.shape[1] != v.shape[1]:
