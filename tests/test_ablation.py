@@ -10,6 +10,7 @@ from torch import Tensor
 
 import heedful
 from heedful import models
+from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from tests.test_diagnose_texts import characters
 from tests.test_logits import IDS, stream
@@ -44,6 +45,18 @@ def test_ablation_is_zeros_or_means_at_the_output_projection() -> None:
     with heedful.ablate(model, [(1, 0), (0, 2), (1, 3)], mean=texts) as run, torch.no_grad():
         found = run(input_ids=IDS[None]).logits
     torch.testing.assert_close(found, by_hand(model, IDS, {0: [2], 1: [0, 3]}, means))
+
+
+@pytest.mark.parametrize("mean", [None, torch.arange(20, 40)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_ablation_goes_into_the_weights(kind: str, mean: Tensor | None) -> None:
+    model = models.tiny(kind)
+    with heedful.ablate(model, [(1, 0), (0, 2), (1, 3)], mean=mean) as run, torch.no_grad():
+        wanted, stack = run(input_ids=IDS[None]).logits, run.stack
+    with torch.no_grad():
+        found = heedful.fold(model, stack)(input_ids=IDS[None]).logits
+    assert close_model(found, wanted)
+    assert not close_model(model(input_ids=IDS[None]).logits, wanted)
 
 
 def test_means_of_a_real_text_are_what_heads_of_a_real_model_hand_over(default_model: models.Loaded) -> None:

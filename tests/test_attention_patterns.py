@@ -12,6 +12,7 @@ import torch
 
 import heedful
 from heedful import models
+from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.explaining.aim import spelled_in_order
 from heedful.explaining.attention_patterns import MOST, Patterns, Picture
@@ -132,6 +133,17 @@ def test_texts_and_what_is_refused() -> None:
 def test_what_is_no_text_is_named(text: Any) -> None:
     with pytest.raises(FieldError, match=r"patterns\(\).text.*must be (one text|str, Tensor)"):
         heedful.patterns(models.tiny("llama"), text, tokenizer=characters())
+
+
+@torch.no_grad()
+def test_a_module_of_plain_torch_shows_its_maps(tmp_path: Path) -> None:
+    layers = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, batch_first=True), 2).eval()
+    x = torch.randn(1, 6, 32)
+    found = heedful.patterns(layers, x)
+    first = layers.layers[0].self_attn(x, x, x, average_attn_weights=False)[1]
+    assert close(found[0], first[0])
+    assert repr(found) == "Patterns(2 layers, 8 heads, 6 x 6)"
+    assert found.page(tmp_path / "found.html").stat().st_size > 0
 
 
 def test_too_much_is_refused_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from heedful.explaining.attribution import attribute
 from heedful.explaining.replacing import ReAGent
 from heedful.methods.explain.rollout import AttentionRollout
 from heedful.methods.explain.transformer_attribution import TransformerAttribution
+from heedful.models import Loaded
 from tests.samples import Shares
 
 IDS = torch.tensor([[5, 17, 9, 88, 40, 23, 61]])
@@ -62,7 +63,7 @@ def test_it_reads_a_text_and_tells_the_tokens_that_matter_most() -> None:
     found = attribute(model, "abcab", AttentionRollout(), tokenizer=Words())
     same = attribute(model, torch.tensor([97, 98, 99, 97, 98]), AttentionRollout())
     assert torch.equal(found.scores, same.scores)
-    assert found.tokens == list("abcab")
+    assert found.tokens == attribute(Loaded(model, Words(), ""), "abcab", AttentionRollout()).tokens == list("abcab")
     assert len(found) == 5
     assert [float(x) for x in found] == found.scores.tolist()
     assert torch.equal(found[1:3], found.scores[1:3])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import ClassVar
+from fractions import Fraction
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +60,21 @@ def test_methods_are_values() -> None:
     assert repr(Scale()) == "Scale(by=2.0)"
     with pytest.raises(AttributeError):
         Scale().by = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        (Scale(by=np.float32(0.5)), Scale(by=0.5)),  # type: ignore[arg-type]
+        (Scale(by=Fraction(1, 2)), Scale(by=0.5)),  # type: ignore[arg-type]
+        (Scale(by=np.int64(3)), Scale(by=3)),  # type: ignore[arg-type]
+        (Narrow(size=np.int64(4)), Narrow(size=4)),  # type: ignore[arg-type]
+        (Zero().on(layers=np.arange(2), heads=torch.tensor(1)), Zero().on(layers=[0, 1], heads=1)),  # type: ignore[arg-type]
+        (Zero().on(layers=[np.int64(1)]), Zero().on(layers=1)),
+    ],
+)
+def test_numbers_of_other_libraries_become_plain_ones(given: Any, plain: Any) -> None:
+    assert repr(given) == repr(plain)  # as files hold it
 
 
 def test_stacks_print_hash_and_order() -> None:
@@ -142,8 +160,13 @@ def test_stacks_hold_methods_only() -> None:
     [
         (lambda: Scale().on(layers=[]), r"Scale.on\(\).layers = \[\]: must be one or more numbers"),
         (lambda: Scale().on(heads=-1), r"Scale.on\(\).heads = -1"),
+        (lambda: Scale().on(layers=np.array([True, False])), r"Scale.on\(\).layers"),
+        (lambda: Scale().on(layers=torch.tensor([0.0, 1.0])), r"Scale.on\(\).layers"),  # type: ignore[arg-type]
         (lambda: Mixer().on(heads=0), "it acts at MIX, which has no head axis; leave them out"),
         (lambda: Scale().when("later"), r"must be 'prefill' or 'decode'; for example phase='prefill'"),
+        (lambda: Scale(by=math.inf), "Scale.by = inf: must be finite"),
+        (lambda: Narrow(size=int), "Narrow.size = <class 'int'>: must be int"),  # type: ignore[arg-type]
+        (lambda: Narrow(size=np.array([1, 2])), "Narrow.size = a ndarray .*: must be int"),  # type: ignore[arg-type]
         (lambda: Window(0), "Window.size = 0: must be 1 or more keys"),
         (lambda: First(-1), "First.count = -1"),
         (lambda: Paper("k", "", "a", 2020), "Paper.title = ''"),

@@ -64,8 +64,19 @@ class Look(Method):
         return Sum.of((weights.mul_(3) if self.dirty else weights * 3).sum())
 
 
+class Soft(Method):
+    """Normalises, and should leave scores for whoever normalises other heads."""
+
+    paper = PAPER
+    dirty: bool = True
+
+    @at(Site.NORMALISE)
+    def soft(self, scores: Tensor, call: Call) -> Tensor:
+        return (scores.mul_(3) if self.dirty else scores * 3).softmax(-1)
+
+
 @modes
-@pytest.mark.parametrize("kind", [Block, Mix, Shrink, Look])
+@pytest.mark.parametrize("kind", [Block, Mix, Shrink, Look, Soft])
 def test_a_change_in_place_is_an_error(kind: Any, mode: Any) -> None:
     model = models.tiny("llama").eval()
     with mode():

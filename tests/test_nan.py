@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from heedful import models
+from heedful import Site, attach, edit, models
 from heedful.core.errors import StatisticError
 from heedful.core.stats import Statistic
 from heedful.diagnosis.profile import Profile
@@ -48,6 +48,18 @@ def test_a_stream_with_what_is_no_number_is_refused_too(tmp_path: Path) -> None:
     with pytest.raises(StatisticError, match=r"what MaxActivations.* found in layer 1 holds"):
         diagnose(model, IDS, measures=MaxActivations(), out=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("site", [Site.QUERY, Site.KEY])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "native", "tiled", "reference"])
+def test_an_edit_that_makes_no_numbers_gives_none_in_every_backend(site: Site, backend: str) -> None:
+    """On a CPU torch's own kernel makes zeros of them, where keys are few."""
+    model = models.tiny("llama")
+    lost = edit(site, lambda x, call: x * torch.nan)
+    with attach(model, lost.on(layers=1), backend=backend) as run:
+        found = run(input_ids=IDS[None, :12]).logits
+        assert bool(found.isnan().all())
+        assert "NaN was seen" in str(run.activity())
 
 
 def _filled(stat: Statistic, value: float) -> Statistic:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import heedful
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.methods import DynamicConv, EfficientAttention, SigmoidAttention, SinkWindow
 from heedful.nn import Attention, convert
 
@@ -227,6 +227,16 @@ def test_convert_leaves_a_model_as_it_was_where_it_cannot(last: nn.Module, messa
     assert not any(isinstance(m, Attention) for m in whole)
 
 
+@pytest.mark.parametrize("how", [{}, {"key_padding_mask": torch.zeros(B, N, dtype=torch.bool)}])
+def test_an_export_is_told_how_to_call_it(how: Any) -> None:
+    mine, x = Attention(E, H, causal=True, batch_first=True).eval(), torch.randn(B, N, E)
+    given = {**how, "need_weights": False} if how else {}
+    with pytest.raises(RefusedModel, match=r"call it with need_weights=False, and say causal=True where a mask"):
+        torch.export.export(mine, (x, x, x), given, strict=False)
+    made = torch.export.export(mine, (x, x, x), {"need_weights": False}, strict=False).module()
+    assert close(made(x, x, x, need_weights=False)[0], mine(x, x, x)[0])
+
+
 X = torch.zeros(B, N, E)
 OTHER = torch.zeros(B, M, E)
 
@@ -237,6 +247,8 @@ OTHER = torch.zeros(B, M, E)
         (lambda: Attention(30, 4), r"heads = 4: must be 1 or more and divide the width, 30"),
         (lambda: Attention(E, H, kv_heads=3), r"kv_heads = 3: must be 1 or more and divide the heads"),
         (lambda: Attention(E, H, kv_heads=0), r"kv_heads = 0: must be 1 or more"),
+        (lambda: Attention(E, H, kdim=0), r"kdim = 0: must be 1 or more; None: the width; for example kdim=32"),
+        (lambda: Attention(E, H, vdim=-3), r"vdim = -3: must be 1 or more"),
         (lambda: Attention(E, H, dropout=1.0), r"dropout = 1.0: must be from 0 up and below 1"),
         (lambda: Attention(E, H, layer=-1), r"layer = -1: must be 0 or more"),
         (lambda: Attention(E, H, layer=2, depth=2), r"depth = 2: must be above layer 2"),

@@ -251,7 +251,6 @@ class Whatever(Scale):
     "what",
     [
         heedful.edit(heedful.Site.PATTERN, lambda weights, call: weights * 0.5),
-        TempScale(0.5) | Scale(float("inf")),
         Whatever(torch.ones(())),
     ],
     ids=repr,

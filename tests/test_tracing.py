@@ -182,6 +182,17 @@ def test_an_mlp_that_is_no_summand_is_refused() -> None:
 
 
 @torch.no_grad()
+def test_a_norm_of_the_embeddings_is_none_within_the_stream() -> None:
+    bloom = models.tiny("bloom")
+    added = bloom.transformer.h[1].mlp.dense_4h_to_h
+    clean = seen(bloom, added, CLEAN)
+    with hooked(added, lambda x: torch.cat([x[:, :2], clean[:, 2:3], x[:, 3:]], 1)):
+        patched = lead(bloom, CORRUPT)
+    low = lead(bloom, CORRUPT)
+    want = (patched - low) / (lead(bloom, CLEAN) - low)
+    assert close_model(trace(bloom, CLEAN, CORRUPT, RIGHT, WRONG, what="mlp").share[1, 2], torch.tensor(want).double())
+
+
 def test_a_pattern_is_put_in_at_its_own_rows_in_every_tile() -> None:
     model = models.tiny("llama").eval()
     heads, draw = model.config.num_attention_heads, torch.Generator().manual_seed(0)

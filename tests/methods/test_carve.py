@@ -153,8 +153,8 @@ def test_defaults_and_wrong_fields() -> None:
     assert (method.general, method.share, method.smooth, method.layers, method.hidden) == ((0,), 0.2, 1e-8, None, None)
     assert CARVE(layers=(0,)).layers == (0,)
     for name, wrong in (
-        ("general", ()), ("share", 0.0), ("share", 1.1), ("smooth", 0.0), ("smooth", math.inf), ("layers", ()),
-        ("layers", (-1, 3)),
+        ("general", ()), ("general", (-1,)), ("share", 0.0), ("share", 1.1), ("smooth", 0.0), ("smooth", math.inf),
+        ("layers", ()), ("layers", (-1, 3)),
     ):  # fmt: skip
         with pytest.raises(FieldError, match=rf"CARVE\.{name} = "):
             CARVE(**{name: wrong})

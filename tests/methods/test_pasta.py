@@ -109,6 +109,8 @@ def test_a_fit_takes_the_best_heads_of_every_task() -> None:
     [
         ({"alpha": 0.0}, r"PASTA\.alpha = 0\.0: must lie from 1e-30"),
         ({"count": 0}, r"PASTA\.count"),
+        ({"layers": ()}, r"PASTA\.layers = \(\): must be numbers"),
+        ({"layers": (-1,)}, r"PASTA\.layers = \(-1,\): must be numbers"),
         ({"role": ""}, r"PASTA\.role"),
         ({"heads": ((0, -1),)}, r"PASTA\.heads = .*pairs of layer and head"),
     ],

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from heedful import fold, models
 from heedful.authoring import Call, FieldError, Fitted
+from heedful.core.errors import FoldError
 from heedful.core.positions import Positions
 from heedful.methods import Patch
 
@@ -69,3 +71,14 @@ def test_positions_count_from_0() -> None:
     assert Patch(positions=(0,)).positions == (0,)
     with pytest.raises(FieldError, match="must be text positions from 0 up"):
         Patch(positions=(2, -1))
+
+
+def test_zeros_at_every_place_go_into_weights_and_nothing_else_does() -> None:
+    model = models.tiny("llama")
+    there = Fitted({"0": torch.randn(1, 4, N, 8)})
+    plain = fold(model, Patch(there).on(layers=1))
+    assert not plain.model.layers[1].self_attn.o_proj.weight.any()
+    assert torch.equal(fold(model, Patch(positions=())).lm_head.weight, model.lm_head.weight)
+    for patch in (Patch(there), Patch(positions=(1,))):
+        with pytest.raises(FoldError, match="at HEAD_OUTPUT cannot go into the weights"):
+            fold(model, patch.on(layers=0))

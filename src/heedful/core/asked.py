@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import cache, wraps
 from numbers import Real
-from operator import index
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -107,13 +107,22 @@ def require_fields(value: Any) -> None:
                 object.__setattr__(value, field.name, taken)
 
 
+def require_finite(value: Any) -> None:
+    """Refuse fields that hold infinity, which files cannot."""
+    for field in fields(value):
+        if _endless(given := getattr(value, field.name)):
+            good = field.default if isinstance(field.default, float) else _BY_KIND["a number"]
+            raise FieldError(type(value).__name__, field.name, given, "must be finite", good)
+
+
 def after_kinds(own: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A class's own check of its fields, once each is known to be of its kind."""
+    """A class's own check of its fields, once each is known to be of its kind; infinity is refused behind it."""
 
     @wraps(own)
     def checked(self: Any) -> None:
         require_fields(self)
         own(self)
+        require_finite(self)
 
     return checked
 
@@ -158,7 +167,7 @@ def _fits(x: Any, hint: Any) -> bool:
     if origin is type:
         return isinstance(x, type)
     if hint is int:
-        return not isinstance(x, bool | Tensor) and hasattr(x, "__index__")
+        return whole_number(x) is not None
     if hint is float:
         return isinstance(x, Real) and not isinstance(x, bool) and not math.isnan(x)
     if origin is tuple and isinstance(x, tuple) and inside:
@@ -181,13 +190,27 @@ def _fits(x: Any, hint: Any) -> bool:
     return isinstance(x, kind)
 
 
+def whole_number(x: Any) -> int | None:
+    """What counts as a whole number, such as numpy's, as Python's own; None for all else, and for truth values."""
+    if isinstance(x, bool | Tensor):
+        return None
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
+
+
+def _endless(x: Any) -> bool:
+    return any(map(_endless, x)) if isinstance(x, tuple) else isinstance(x, float) and math.isinf(x)
+
+
 def _as_meant(x: Any, hint: Any) -> Any:
     """Plain numbers of the annotation's kind, and tuples for lists and ranges, so that a value is frozen and hashes."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return x if type(x) in inside else next((y for kind in inside if _fits(y := _as_meant(x, kind), kind)), x)
     if hint in (int, float) and type(x) is not hint and _fits(x, hint):
-        return index(x) if hint is int else float(x)
+        return whole_number(x) if hint is int else float(x)
     if origin is tuple and inside and isinstance(x, list | range | tuple):
         if type(x) is tuple and all(type(one) is int for one in x) and inside == (int, ...):
             return x  # a span's places, of which there may be many

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from heedful.core.asked import whole_number
 from heedful.core.call import Call, Phase
 from heedful.core.entry import CatalogueEntry, FitContext, Layer, Probe, Readings, Session
 from heedful.core.errors import ClashError, DefinitionError, FieldError, SiteError, shown
@@ -157,12 +158,12 @@ class Method(CatalogueEntry, abstract=True):
 def _numbers(owner: str, field: str, given: Iterable[int] | int | None) -> tuple[int, ...] | None:
     if given is None:
         return None
-    requested: tuple[Any, ...] = (given,)
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        requested = tuple(given)
-    if not requested or not all(type(i) is int and i >= 0 for i in requested):
+    requested: Any = given.tolist() if hasattr(given, "tolist") else given  # of numpy and torch
+    several = isinstance(requested, Iterable) and not isinstance(requested, str | bytes)
+    numbers = [whole_number(i) for i in (requested if several else (requested,))]
+    if not numbers or any(i is None or i < 0 for i in numbers):
         raise FieldError(owner, field, given, "must be one or more numbers from 0 up", [0, 3])
-    return tuple(sorted(set(requested)))
+    return tuple(sorted({i for i in numbers if i is not None}))
 
 
 @dataclass(frozen=True, repr=False)

@@ -174,7 +174,8 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall,
     if step.edit.weighs:
         new = weighing_of(step, job, call).of(scores, call.keep)
     else:
-        new = step.act(scores, job.run_state.view(step, call))
+        with Untouched(step, job, scores):
+            new = step.act(scores, job.run_state.view(step, call))
     if not isinstance(new, Tensor) or new.shape != scores.shape:
         want = tuple(scores.shape)
         raise step.fault(call, f"must return weights of shape {want}, got {shape_of(new)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds import HeadWeights, Tokenizer
 from heedful.core.method import Method, Part, Stack
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean, Statistic
@@ -41,6 +43,11 @@ class _Constant(Method):
     def __repr__(self) -> str:
         return "mean of heads"
 
+    def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
+        said = torch.einsum("ehd,hd->e", weights.o.float(), self.values[str(layer.number)].to(weights.o.device).float())
+        said = said if weights.o_bias is None else weights.o_bias + said
+        return replace(weights, o=torch.zeros_like(weights.o), o_bias=said)
+
     @at(Site.HEAD_OUTPUT)
     def put(self, heads: Tensor, call: Call) -> Tensor:
         constant = self.values[str(call.layer)].to(heads)[None, :, None].expand_as(heads)
@@ -60,7 +67,7 @@ def ablate(
 
     With `mean`, one text or a list of them (strings, token ids, or what the model is called with), they hand over their
     mean over all tokens of these, which takes away what they tell of a text and leaves what they always add. `how` goes
-    to `attach`.
+    to `attach`. `heedful.fold(model, run.stack)` writes it into the weights.
     """
     given = model if isinstance(model, Loaded) else Loaded(model, None, "")
     chosen = pairs("ablate()", heads)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.grids import grid_of, names_before
-from heedful.adapters.wrapped import unwrapped
+from heedful.adapters.wrapped import inside
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
@@ -157,11 +157,12 @@ def patterns(
 ) -> Patterns:
     """The attention patterns of one text: of every head, or of the `heads` named as (layer, head).
 
-    `text` is a string, token ids, the pixels of one image, or all that the model is called with. Under a `stack`, the
-    patterns are those that it leaves. `how` goes to `attach`. Maps grow with the square of the text: `diagnose` reads
+    `text` is a string, token ids, the pixels of one image, or all that the model is called with; of a model that is
+    none of transformers, its first argument. Under a `stack`, the patterns are those that it leaves. `how` goes to
+    `attach`. Maps grow with the square of the text: `diagnose` reads
     long ones.
     """
-    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
+    given = model if isinstance(model, Loaded) else Loaded(inside(model), None, "")
     words = words_of(tokenizer or given.tokenizer)
     inputs = fed("patterns()", given.model, text, words)
     ids = inputs.get("input_ids")
@@ -173,7 +174,7 @@ def patterns(
     parts: list[Part] = [reader.on(layer, mine) for layer, mine in wanted.items()]
     parts = parts or [reader]
     with still(given.model), attach(given.model, Stack((*as_stack(stack), *parts)), **how) as run:
-        with _readers(given.model, ids, run.layer_names) as readers:
+        with _readers(given.model, ids, () if ids is None else run.layer_names) as readers:
             run(**inputs)
         text = frozenset(n for n, name in enumerate(run.layer_names) if any(map(name.startswith, readers)))
         found = {layer: stat for part in parts for layer, stat in run[part].items()}

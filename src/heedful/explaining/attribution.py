@@ -17,6 +17,7 @@ from heedful.core.method import Part
 from heedful.explaining.aim import Text, aim_of, fed, following, ids_of, spelled
 from heedful.explaining.drawn import Drawn
 from heedful.explaining.replacing import ReAGent
+from heedful.models import Loaded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,7 +52,7 @@ class Attribution(Drawn):
 
 @asks
 def attribute(
-    model: nn.Module,
+    model: nn.Module | Loaded,
     prompt: Text | str,
     method: Part | ReAGent,
     *,
@@ -69,21 +70,21 @@ def attribute(
     One forward and one backward; the maps of all layers are held at once where the method needs gradients. ReAGent
     looks at no layer, and runs the model on changed texts alone, hundreds of times.
     """
-    ids = ids_of(
-        fed("attribute()", model, prompt, tokenizer)["input_ids"] if isinstance(prompt, str) else prompt, model
-    )
-    with still(model):
-        aim = aim_of(model, ids, target, position)
+    given = model if isinstance(model, Loaded) else Loaded(model, None, "")
+    whole, words = given.model, tokenizer or given.tokenizer
+    ids = ids_of(fed("attribute()", whole, prompt, words)["input_ids"] if isinstance(prompt, str) else prompt, whole)
+    with still(whole):
+        aim = aim_of(whole, ids, target, position)
         if isinstance(method, ReAGent):
             if only is not None:
                 rule = "narrows what is looked at inside, and ReAGent looks at nothing"
                 raise FieldError("attribute()", "only", only, rule, None)
-            return Attribution(spelled(ids[0], tokenizer), method.scores(model, ids, aim), repr(method))
-        with attach(model, method, only=only) as run, following(model):
+            return Attribution(spelled(ids[0], words), method.scores(whole, ids, aim), repr(method))
+        with attach(whole, method, only=only) as run, following(whole):
             aim.raw(run(input_ids=ids)).sum().backward()
             found = run[method]
     n = ids.shape[1]
     if not (isinstance(found, list) and len(found) == 1 and found[0].shape == (1, n, n)):
         rule = f"must answer with one relevance [1 {n} {n}] for the text, of every token for every position"
         raise FieldError("attribute()", "method", method, rule, "AttentionRollout()")
-    return Attribution(spelled(ids[0], tokenizer), aim.row(found[0][0]).detach(), repr(method))
+    return Attribution(spelled(ids[0], words), aim.row(found[0][0]).detach(), repr(method))

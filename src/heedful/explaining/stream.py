@@ -132,8 +132,8 @@ class Stream:
         known = [self.begins, *self.leaves]
         known += [before + added for before, added in zip(known, self.adds, strict=False)]
         for norm, x, y in self.norms:
-            if x.shape != self.begins.shape:
-                continue  # of queries or keys
+            if x.shape != self.begins.shape or torch.equal(y, self.begins):
+                continue  # of queries or keys, or of what the stream begins with
             if all(_off(x, stream) > CLOSE for stream in known) or any(_off(y, out) == 0 for out in self.leaves):
                 raise RefusedModel(
                     f"in {name} a {type(norm).__name__} or a factor stands between attention and the stream, so heads "

@@ -60,6 +60,9 @@ class Attention(Served):
             raise FieldError(self, "kv_heads", kv_heads, f"must be 1 or more and divide the heads, {heads}", 1)
         if not 0 <= dropout < 1:
             raise FieldError(self, "dropout", dropout, "must be from 0 up and below 1", 0.1)
+        for name, size in (("kdim", kdim), ("vdim", vdim)):
+            if size is not None and size < 1:
+                raise FieldError(self, name, size, "must be 1 or more; None: the width", width)
         if layer < 0:
             raise FieldError(self, "layer", layer, "must be 0 or more, the number among a model's attention layers", 0)
         if depth is not None and depth <= layer:
@@ -70,7 +73,7 @@ class Attention(Served):
         if rotary is not None and self.head_dim % 2:
             raise FieldError(self, "rotary", rotary, f"turns pairs, and a head has {self.head_dim} dimensions", None)
         self.rotary = rotary
-        self.kdim, self.vdim = kdim or width, vdim or width
+        self.kdim, self.vdim = width if kdim is None else kdim, width if vdim is None else vdim
         self.causal, self.dropout, self.batch_first = causal, dropout, batch_first
         self.layer, self.depth = layer, depth or layer + 1
         self.method = Stack(()) if method is None else as_stack(method)
@@ -148,6 +151,12 @@ class Attention(Served):
         """
         if self.run.model is not self:
             raise RefusedModel("Attention is run in a replica, as DataParallel makes them; use one process a device")
+        masked = attn_mask is not None or key_padding_mask is not None
+        if torch.compiler.is_exporting() and (masked or need_weights is not False):
+            raise RefusedModel(
+                "torch.export can write down neither the weights of Attention nor a mask, whose values decide what is "
+                "done; call it with need_weights=False, and say causal=True where a mask says that"
+            )
         single = query.ndim == 2
         q, k, v = (self._rows(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
         if len({len(q), len(k), len(v)}) > 1 or k.shape[1] != v.shape[1]:

@@ -7,8 +7,13 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.ragged import Ragged
+from heedful.core.sites import Site
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import TRANSFORMED, Needs
+
+INTO_SCORES = frozenset({Site.QUERY, Site.KEY})  # where edits may leave scores that are no numbers
+FEW = 64  # keys: more than a CPU's vector has numbers
 
 
 class Sdpa:
@@ -38,6 +43,8 @@ class Sdpa:
         return ""
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        if job.plan.acts & INTO_SCORES and _lost(q, k):
+            return Tiled()(job, q, k, v)
         call = job.call
         flag, keep = _flag_or_table(call)
         mask = keep
@@ -54,6 +61,13 @@ class Sdpa:
         if keep is not None:
             heads = heads.masked_fill(~keep.any(-1, keepdim=True), 0.0)
         return heads, None
+
+
+def _lost(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's kernel would make zeros of what is no number: on a CPU, where keys are few."""
+    if q.device.type != "cpu" or k.shape[2] >= FEW or torch.compiler.is_exporting():
+        return False
+    return not bool((q.sum() + k.sum()).isfinite())
 
 
 def _flag_or_table(call: Call) -> tuple[bool, Tensor | None]:

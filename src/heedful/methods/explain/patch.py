@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
+from heedful.core.kinds import HeadWeights
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
@@ -51,6 +55,12 @@ class Patch(Method):
 
     def idle(self, call: Call) -> bool:
         return self.positions == ()
+
+    def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights | None:
+        if self.positions == ():
+            return weights
+        gone = self.positions is None and (self.values is None or str(layer.number) not in self.values)
+        return replace(weights, o=torch.zeros_like(weights.o)) if gone else None  # weights know no text
 
     @at(Site.HEAD_OUTPUT)
     def put(self, heads: Tensor, call: Call) -> Tensor:

@@ -55,6 +55,8 @@ class PASTA(Method):
             raise FieldError(self, "alpha", self.alpha, "must lie from 1e-30 to 1e30", 0.01)
         if self.count < 1:
             raise FieldError(self, "count", self.count, "must be 1 or more heads", 50)
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise FieldError(self, "layers", self.layers, "must be numbers of layers from 0 up", (16, 20))
         require_heads(self, self.heads or ())
 
     @classmethod

@@ -47,8 +47,8 @@ class CARVE(Decode):
     within: tuple[int, ...] = ()  # the layers in which they are, as a run numbers them
 
     def __post_init__(self) -> None:
-        if not self.general:
-            raise FieldError(self, "general", self.general, "must be one token or more", (1, 2))
+        if not self.general or min(self.general) < 0:
+            raise FieldError(self, "general", self.general, "must be one token or more, from 0 up", (1, 2))
         if not 0 < self.share <= 1:
             raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.2)
         if not 0 < self.smooth < math.inf:
