@@ -43,6 +43,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
+def banded(n: int, m: int) -> Rule:
+    """Keys one by one, between a row's first and its last; some rows see nothing."""
+    row, col = torch.arange(n)[:, None], torch.arange(m)
+    table = (col >= 4 * row + 7) & (col < 4 * row + 200) & ((col + row) % 3 > 0) & (row // 10 != 5)
+    return Chosen(lambda rows: table[None, None, rows])
+
+
 class Everything(Method):
     """Asks for all parts of the summary and hands them to whoever made it."""
 

@@ -26,7 +26,7 @@ from heedful.core.summary import Summary
 from heedful.engine.needs import Needs
 from heedful.engine.select import select
 
-from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, compare, draw, run
+from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, banded, compare, draw, run
 
 pytestmark = pytest.mark.skipif(
     isinstance(native.library(), str) and shutil.which("g++") is None, reason="no kernel: this machine has no compiler"
@@ -166,6 +166,18 @@ def test_skipped_blocks_are_not_read() -> None:
     found = run("native", Same(), q, k, v, a_call(shape, (*CAUSAL, Blocks(table, 32))))
     spoilt = found.isnan().any(-1).any(1)[0].nonzero().flatten()
     assert spoilt.tolist() == list(range(64, 96))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_table_no_more_is_computed_than_from_a_rows_first_key_to_its_last(dtype: torch.dtype) -> None:
+    shape = (1, 4, 2, 100, 700, 16, 16)
+    q, k, v = (x.to(dtype) for x in draw(shape))
+    call = a_call(shape, (banded(100, 700),))
+    found, want = (run(name, Same(), q, k, v, call) for name in ("native", "reference"))
+    exact = run("reference", Same(), *(x.double() for x in (q, k, v)), call)
+    assert within_budget(found, want, exact)
+    v[:, :, 7:20] = float("nan")  # keys of the first rows alone
+    assert bool(run("native", Same(), q, k, v, call)[:, :, 40:].isfinite().all())
 
 
 def test_the_number_of_threads_changes_nothing_but_roundings() -> None:

@@ -29,6 +29,7 @@ from .kernel_calls import (
     Weighed,
     a_bias,
     a_call,
+    banded,
     compare_pulled,
     draw,
     pulled,
@@ -65,6 +66,13 @@ def test_block_tables(heads: int) -> None:
     """One for each query head goes through the heads of a group one after another."""
     table = torch.rand(2, heads, 10, 10, generator=torch.Generator().manual_seed(1)) < 0.5
     compare_pulled("native", (2, 4, 2, 300, 300, 16, 16), (*CAUSAL, Blocks(table, 32)))
+
+
+@pytest.mark.parametrize("biases", [None, BIASES[2]])
+def test_tables_of_keys(biases: tuple[bool, ...] | None) -> None:
+    shape = (1, 4, 2, 100, 700, 16, 16)
+    bias = None if biases is None else a_bias(shape, biases)
+    compare_pulled("native", shape, (banded(100, 700),), learned=() if bias is None else ("bias",), bias=bias)
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)

@@ -21,7 +21,8 @@ from heedful.core.regions import marks
 from heedful.core.rules import Parts
 from heedful.core.sites import adds
 from heedful.engine.backends import native, parted, tiled
-from heedful.kit.chosen import Reached, meeting
+from heedful.kit.chosen import Chosen, Reached, by_block, meeting
+from heedful.methods import MoBA
 
 from .kernel_calls import BIASES, WEIGHINGS, Halved, Same, Weighed, a_bias, a_call, compare_pulled, draw, run
 from .samples import PAPER
@@ -63,7 +64,7 @@ def meet(asking: Tensor, giving: Tensor, shared: bool) -> Reached:
         return meets(codes[0][:, :, rows, None], codes[1][:, :, None, cols])
 
     gather = lambda: meeting(asking, giving, alone if shared else None)  # noqa: E731
-    return Reached(pick, lambda rows: torch.ones(40, dtype=torch.bool), gather)
+    return Reached(pick, lambda rows: torch.ones(40, dtype=torch.bool), gather=gather)
 
 
 def clusters(texts: int, heads: int) -> Reached:
@@ -192,6 +193,39 @@ def test_others_are_computed_as_their_tokens_stand(name: str, made: Any, asked: 
     text = call.is_text[..., None].expand(found.shape)
     assert close(found[text], want[text])
     assert not asked.called
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("texts", [1, 2])
+def test_parts_of_the_past_say_what_causality_does(
+    texts: int, heads: int, asked: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heedful.kit.chosen.ROWS", 8)
+    picked = torch.rand(texts, heads, 40, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    own = torch.arange(40)[:, None] // 8 == torch.arange(5)
+    rule = Chosen(
+        lambda rows: (picked | own)[:, :, rows],
+        lambda met, cols: met.repeat_interleave(8, -1)[..., cols],
+        gather=lambda: by_block(picked, 8),
+    )
+    compare_pulled("native", SHAPE, (Causal(), rule))
+    assert asked.call_count == 1
+    found, want = (run(x, Same(), *draw(SHAPE), a_call(SHAPE, (Causal(), Ahead(9), rule))) for x in ("native", "tiled"))
+    assert close(found, want)
+    assert asked.call_count == 1
+
+
+@pytest.mark.parametrize(("first", "pad", "gathered"), [(0, None, 1), (0, torch.tensor([0, 7]), 0), (20, None, 0)])
+def test_blocks_that_queries_choose_are_gathered_where_texts_are_read_whole(
+    first: int, pad: Tensor | None, gathered: int, asked: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heedful.kit.chosen.ROWS", 8)
+    shape = (2, 4, 2, 40 - first, 40, 16, 16)
+    call = a_call(shape, (Causal(),), pad)
+    found, want = (run(name, MoBA(4, 3), *draw(shape), call) for name in ("native", "reference"))
+    text = call.is_text[..., None].expand(found.shape)
+    assert close(found[text], want[text])
+    assert asked.call_count == gathered
 
 
 def test_tiles_that_share_queries_are_put_together_by_the_kernel_alone(asked: Mock) -> None:

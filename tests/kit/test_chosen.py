@@ -12,7 +12,7 @@ from heedful.core.mask import Mask
 from heedful.core.positions import Pairs, Positions
 from heedful.engine.backends.tiled import _columns
 from heedful.kit import chosen
-from heedful.kit.chosen import TOGETHER, Chosen, Reached, Shown, meeting
+from heedful.kit.chosen import TOGETHER, Chosen, Reached, Shown, by_block, meeting
 
 TOTAL, ROWS = 53, 2 * TOGETHER + 9
 EVERY = slice(None)
@@ -220,6 +220,39 @@ def test_nothing_is_gathered_where_parts_have_most_pairs(keys: int, parts: int) 
 
 def test_parts_are_gathered_once_however_many_ask() -> None:
     gather = Mock(return_value=())
-    rule = Reached(Mock(), Mock(), gather)
+    rule = Reached(Mock(), Mock(), gather=gather)
     assert rule.parts() == rule.parts() == ()
     gather.assert_called_once_with()
+
+
+@pytest.mark.parametrize("n", [30, 32])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_queries_of_a_past_block_lie_together(n: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair stands in one part, whether blocks have more queries than a part or none."""
+    monkeypatch.setattr("heedful.kit.chosen.ROWS", 5)
+    monkeypatch.setattr("heedful.kit.chosen.SPARSE", 9.0)
+    picked = torch.rand(2, 3, n, 8, generator=torch.Generator().manual_seed(0)) < share
+    picked[1, 2] = False  # a head without a past
+    own = torch.arange(n) // 4
+    want = picked.repeat_interleave(4, -1)[..., :n] & (own < own[:, None]) | (own == own[:, None]) & _past(n)
+    found = torch.zeros(2, 3, n + 1, n, dtype=torch.long)
+    parts = by_block(picked, 4)
+    assert len(parts) == 1 + (share > 0)
+    for part in parts:
+        assert part.shared
+        assert part.past
+        rows, cols = (x.expand(2, 3, -1, -1) for x in (part.rows, part.cols))
+        kept = torch.ones(2, 3, *part.rows.shape[2:], cols.shape[3]).long()
+        kept = kept if part.keep is None else kept * part.keep
+        at = rows[..., None] * n + cols[..., None, :]
+        found.view(2, 3, -1).scatter_add_(-1, at.flatten(2), kept.flatten(2))
+    assert found[..., :n, :].equal(want.long())
+
+
+def _past(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def test_blocks_are_gathered_where_they_are_less_than_half_of_the_past() -> None:
+    assert len(by_block(torch.eye(4).bool().repeat_interleave(4, 0)[None, None], 4)) == 1
+    assert by_block(torch.eye(3).bool().repeat_interleave(4, 0)[None, None], 4) == ()

@@ -85,9 +85,12 @@ def test_the_side_is_that_which_costs_least(monkeypatch: pytest.MonkeyPatch) -> 
                 max(b for _, b in ends[at : at + side]) - min(a for a, _ in ends[at : at + side])
                 for at in range(0, 48, side)
             )
-            cost[side] = wide * wide + _squares.GATHERED * (wide / side) ** 2
+            more = (-(-48 // side) * side / 48) ** 2  # places behind the last are computed too
+            cost[side] = more * (wide * wide + _squares.GATHERED * (wide / side) ** 2)
         assert _side((ends, ends)) == min(cost, key=lambda side: (cost[side], side))
     assert _side((blocks, blocks)) == 6
+    even = tuple((max(i - 3, 0), min(i + 4, 64)) for i in range(64))
+    assert _side((even, even)) == 8  # 7 would cost less a patch, and 10 x 10 of them are more than there are
     assert _side((everything, everything)) is None
     assert _side((blocks[:6], blocks[:6])) is None
     assert _groups(windows[:5], 2) == [(0, 5), (0, 7), (1, 8)]

@@ -23,11 +23,12 @@ class Parts:
     cols: Tensor  # [b|1, h|1, parts, k], which keys
     keep: Tensor | None = None  # [b|1, h|1, parts, r, k], which pairs of a part are computed; None: all
     shared: bool = False  # a query is in several parts, no two of which compute the same pair
+    past: bool = False  # no key that a part computes comes after its query
 
     def some(self, those: slice) -> Parts:
         """These of the parts."""
         keep = None if self.keep is None else self.keep[:, :, those]
-        return Parts(self.rows[:, :, those], self.cols[:, :, those], keep, self.shared)
+        return Parts(self.rows[:, :, those], self.cols[:, :, those], keep, self.shared, self.past)
 
 
 class Rule:

@@ -21,6 +21,7 @@ from heedful.kit.topk import places_of
 
 SPARSE = 0.5  # of a call's pairs that parts may have and be worth gathering
 TOGETHER = 256  # rows that are picked at once, whichever of them a tile is about, there and on the way back
+ROWS = 256  # queries of one part that see the same block of keys
 GROUPS_TOGETHER = 2048  # the same where groups of keys are picked, which are few
 
 
@@ -28,6 +29,7 @@ GROUPS_TOGETHER = 2048  # the same where groups of keys are picked, which are fe
 class _Picked(Rule):
     """What was told of the rows last asked for is kept: tiles ask before they are cut, and after."""
 
+    gather: Callable[[], tuple[Parts, ...]] | None = field(default=None, kw_only=True)  # its pairs, see `Rule.parts`
     _told: list[tuple[slice, Ranges]] = field(default_factory=list, init=False, repr=False)
 
     @abstractmethod
@@ -37,6 +39,13 @@ class _Picked(Rule):
     @property
     def scattered(self) -> bool:
         return True
+
+    def parts(self) -> tuple[Parts, ...]:
+        return self._gathered
+
+    @cached_property
+    def _gathered(self) -> tuple[Parts, ...]:  # more than one backend asks
+        return () if self.gather is None else self.gather()
 
     def columns(self, rows: slice) -> Ranges:
         if not self._told or self._told[0][0] != rows:
@@ -54,17 +63,9 @@ class Reached(_Picked):
 
     pick: Callable[[slice, slice | Tensor], Tensor]  # [b|1, h|1, r, k]
     reach: Callable[[slice], Tensor]  # [k], told without looking at pairs: where it is False, none of the rows sees any
-    gather: Callable[[], tuple[Parts, ...]] | None = None  # the same pairs once more, see `Rule.parts`
 
     def keeps(self, pairs: Pairs) -> Tensor:
         return self.pick(pairs.rows, pairs.cols)
-
-    def parts(self) -> tuple[Parts, ...]:
-        return self._gathered
-
-    @cached_property
-    def _gathered(self) -> tuple[Parts, ...]:  # more than one backend asks
-        return () if self.gather is None else self.gather()
 
     def _reached(self, rows: slice) -> Tensor:
         return self.reach(rows)
@@ -169,3 +170,32 @@ def meeting(asking: Tensor, giving: Tensor, alone: Alone | None = None) -> tuple
         own = alone(rows, cols)
         keep = own if keep is None else both(keep, own)
     return (Parts(rows.where(asked, asking.shape[3]), cols, keep, shared=alone is not None),)
+
+
+def by_block(chosen: Tensor, size: int) -> tuple[Parts, ...]:
+    """Parts of a whole text whose queries see their own block of `size` keys so far, and chosen blocks of the past.
+
+    Which ones is told by `chosen [b|1 h|1 q blocks]`. Queries of one past block lie together, `ROWS` of them a part.
+    """
+    texts, heads, n, blocks = chosen.shape
+    token, block, inside = (torch.arange(x, device=chosen.device) for x in (n, blocks, size))
+    past = chosen & (block < (token // size)[:, None])
+    line, query = past.mT.reshape(-1, n).nonzero(as_tuple=True)  # a line is a block, of one head and text
+    count = line.bincount(minlength=texts * heads * blocks)
+    many = -(-count // ROWS)  # parts of each line
+    ends = many.view(texts, heads, blocks).cumsum(-1)  # of a head, before the next block
+    total = int(ends[..., -1].max())
+    if (n + total * ROWS) * size > SPARSE * n * n / 2:
+        return ()
+    part = torch.arange(total, device=chosen.device)
+    first = ends.flatten() - many + torch.arange(texts * heads, device=part.device).repeat_interleave(blocks) * total
+    place = torch.arange(len(line), device=part.device) - (count.cumsum(0) - count)[line]  # among those of its line
+    rows = query.new_full((texts * heads * total, ROWS), n)
+    rows[first[line] + place // ROWS, place % ROWS] = query
+    number = torch.searchsorted(ends, part.expand(texts, heads, -1).contiguous(), right=True).clamp(max=blocks - 1)
+    cols = (number[..., None] * size + inside).clamp(max=n - 1)
+    earlier = Parts(rows.view(texts, heads, total, ROWS), cols, shared=True, past=True)
+    own = block[:, None] * size + inside
+    keep = (inside[:, None] >= inside).expand(1, 1, blocks, -1, -1)
+    mine = Parts(own.clamp(max=n)[None, None], own.clamp(max=n - 1)[None, None], keep, shared=True, past=True)
+    return (mine, earlier) if total else (mine,)

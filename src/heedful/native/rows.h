@@ -52,19 +52,32 @@ struct Rows {
     c.width += NR;
   }
 
-  // From the first column of a chunk that a row sees to behind the last, by its ranges; where it sees none, nothing.
+  // From the first column of a chunk that a row sees to behind the last; where it sees none, nothing.
   Stretch seen_in(int64_t r, const Chunk &c) const {
     const int32_t *x = ranges(r);
+    const uint8_t *keeps = table(r);
     Stretch seen{c.width, 0};
     for (int64_t i = c.from; i < c.to; i++) {
       const Run &run = desk.runs[i];
       for (int64_t j = 0; j < p.range_count; j++) {
         int64_t lo = std::max<int64_t>(x[2 * j], run.column), hi = std::min<int64_t>(x[2 * j + 1], run.column + run.width);
+        if (keeps) {
+          while (lo + 8 <= hi && none_of_eight(keeps + lo)) lo += 8;
+          while (lo < hi && !keeps[lo]) lo++;
+          while (lo + 8 <= hi && none_of_eight(keeps + hi - 8)) hi -= 8;
+          while (lo < hi && !keeps[hi - 1]) hi--;
+        }
         if (lo >= hi) continue;
         seen.from = std::min(seen.from, lo - run.column + run.at), seen.to = std::max(seen.to, hi - run.column + run.at);
       }
     }
     return seen;
+  }
+
+  static bool none_of_eight(const uint8_t *keeps) {
+    uint64_t eight;
+    std::memcpy(&eight, keeps, sizeof eight);
+    return !eight;
   }
 
   // Looks where the rows from `top` to `end` see something of a chunk: what lies beside that is not computed.
@@ -121,8 +134,8 @@ struct Rows {
       if (!keeps) continue;
       const uint8_t *keep = keeps + run.column;
       float *to = row + run.at;
-      for (int64_t j = 0, many = std::min(run.width, p.keys - run.column); j < many; j++)
-        to[j] = keep[j] ? to[j] : -INFINITY;
+      int64_t end = std::min({x.to - run.at, run.width, p.keys - run.column});
+      for (int64_t j = std::max<int64_t>(0, x.from - run.at); j < end; j++) to[j] = keep[j] ? to[j] : -INFINITY;
     }
   }
 

@@ -24,7 +24,7 @@ from heedful.native import Library
 
 def merged(kernel: Library, job: AttentionCall, parts: tuple[Parts, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The heads of a call whose queries stand in several parts."""
-    q, k, v = padded(q), padded(k), padded(v)
+    q, k, v = padded(q).contiguous(), padded(k).contiguous(), padded(v).contiguous()  # each fold takes lines of them
     plain = replace(job, plan=NO_STEPS, spare=None)
     return _Merged.apply(q, k, v, kernel, plain, [fold for part in parts for fold in folded(part, (q, k, v))])
 

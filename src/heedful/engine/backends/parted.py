@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.mask import Mask
+from heedful.core.mask import Causal, Mask
 from heedful.core.positions import Positions, spread_heads
 from heedful.core.regions import PerText
 from heedful.core.rules import Parts
@@ -45,7 +45,10 @@ def parts_of(job: AttentionCall, shared: bool = False) -> tuple[Parts, ...]:
     if not all(step.method.anywhere for step in steps):
         return ()
     rules = call.mask.acting(call.queries, call.keys)
-    parts = rules[0].parts() if len(rules) == 1 else ()
+    narrow = [rule for rule in rules if not isinstance(rule, Causal)]
+    parts = narrow[0].parts() if len(narrow) == 1 else ()
+    if len(rules) > 1 and not all(part.past for part in parts):
+        return ()
     if any(part.shared != shared or (steps and _by_head(part)) for part in parts):
         return ()
     return parts

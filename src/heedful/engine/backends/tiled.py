@@ -84,7 +84,7 @@ class Tiled:
         if not (needs.gradients or needs.transformed or needs.map_steps):  # a step may keep what it is shown
             job = replace(job, spare=job.run_state.now.spare)
         if self.rows is None and (gathered := parts_of(job)):
-            return in_parts(job, gathered, self.compute, (q, k, v))
+            return in_parts(job, gathered, self.compute, (q.contiguous(), k, v))
         rows = self._blocks(job, q.shape[0], again or bool(needs.map_steps))
         blocks = (partial(self.block, rows=some, q=q, k=k, v=v) for some in rows)
         heads = [recomputed(block, job) if again else block(job) for block in blocks]

@@ -53,7 +53,7 @@ def narrowed(mask: Mask, call: Call, sees: Sees) -> Mask:
     def pick(rows: slice, cols: slice | Tensor) -> Tensor:
         return reduce(both, (_met(table, query[:, :, rows, i], key[:, :, cols, i]) for i, table in enumerate(meet)))
 
-    return mask & Reached(pick, reach, lambda: squares(query, key, sides, meet))
+    return mask & Reached(pick, reach, gather=lambda: squares(query, key, sides, meet))
 
 
 def _met(table: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -99,8 +99,9 @@ def _side(axes: tuple[Ends, ...]) -> int | None:
     cost = {}
     for side in SIDES:
         wide = _widths(axes, side)
+        places = [-(-len(ends) // side) * min(side, len(ends)) for ends in axes]  # those behind the last ones too
         gathered = prod(w / min(side, len(ends)) for w, ends in zip(wide, axes, strict=True))
-        cost[side] = prod(wide) + GATHERED * gathered
+        cost[side] = prod(places) / prod(map(len, axes)) * (prod(wide) + GATHERED * gathered)
     best = min(cost, key=cost.__getitem__)
     return best if cost[best] < WORTH * prod(len(ends) for ends in axes) else None
 

@@ -94,7 +94,7 @@ class BiLevelRoutingAttention(Method):
             everything = torch.arange(len(number), device=k.device)
             return *found, Parts(rest[None, None, None], everything[None, None, None])
 
-        return mask & Reached(pick, reach, gather)
+        return mask & Reached(pick, reach, gather=gather)
 
     @at(Site.HEAD_OUTPUT)
     def convolve(self, heads: Tensor, call: Call) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
 from heedful.core.flags import both, either
 from heedful.core.positions import spread_heads
-from heedful.kit.chosen import Chosen
+from heedful.kit.chosen import Chosen, by_block
 
 
 class MoBA(Method):
@@ -26,8 +26,8 @@ class MoBA(Method):
             "New tokens choose blocks as those of the prompt do; the authors' code decodes with full attention.",
             "Blocks are counted from where each text begins; the authors' layer for transformers counts padding too.",
             "Means of keys are float32 at least; the authors round them to the keys' own type before the product.",
-            "Blocks are a mask's, query by query: what the authors' kernel saves by laying queries of one block "
-            "beside one another is not saved here.",
+            "Blocks are a mask's, query by query: queries of one block are laid beside one another, as by the authors' "
+            "kernel, in the native kernel alone, and where a text is read whole and long enough for that to pay.",
             "Layers with full attention, as the paper's last ones in fine-tuning, are left out by `.on(layers=...)`.",
         ),
     )
@@ -84,7 +84,9 @@ class MoBA(Method):
             there = chosen.gather(-1, best)
             return torch.stack([x[:, :, None].expand_as(chosen).gather(-1, best) * there for x in ends], -1)
 
-        return mask & Chosen(pick, laid, None if call.keys.packed else stretches)
+        whole = call.keys.whole and call.keys.first == 0 and call.queries.alike(call.keys)
+        gather = (lambda: by_block(pick(slice(None)), self.size)) if whole and mask.causal else None
+        return mask & Chosen(pick, laid, None if call.keys.packed else stretches, gather=gather)
 
 
 def _means(key: Tensor, number: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:

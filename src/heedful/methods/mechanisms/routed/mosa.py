@@ -73,7 +73,7 @@ class MoSA(Method):
         return mask & Reached(
             lambda rows, cols: both(mine[..., rows].mT, theirs[..., cols]),
             lambda rows: some_head,
-            lambda: meeting(mine, theirs),
+            gather=lambda: meeting(mine, theirs),
         )
 
     @at(Site.HEAD_OUTPUT)

@@ -110,7 +110,7 @@ class RoutingTransformer(Method):
             return ~reduce(either, met)
 
         taken = giving.flatten(0, 2).any(0)  # rows of a tile are of all clusters, mostly
-        return mask & Reached(meet, lambda rows: taken, lambda: meeting(asking, giving, alone))
+        return mask & Reached(meet, lambda rows: taken, gather=lambda: meeting(asking, giving, alone))
 
     @torch.no_grad()
     def _move(self, call: Call, x: Tensor, text: Tensor) -> None:
