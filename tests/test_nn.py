@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import heedful
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, RefusedModel, SiteError
-from heedful.methods import DynamicConv, EfficientAttention, SigmoidAttention, SinkWindow
+from heedful.methods import DynamicConv, EfficientAttention, SigmoidAttention, SinkWindow, TempScale
 from heedful.nn import Attention, convert
 
 E, H, B, N, M = 32, 4, 2, 7, 9
@@ -290,3 +290,17 @@ def test_a_block_that_would_ignore_the_other_sequence_is_refused() -> None:
 def test_it_says_what_it_is() -> None:
     text = repr(Attention(E, H, SigmoidAttention(), kv_heads=2, causal=True))
     assert "32, 4, SigmoidAttention(length=2048), kv_heads=2, causal=True" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ((16, TempScale()), r"Attention\.heads = .*must be int; for example heads=1$"),
+        ((0, 4), "width = 0: must be 1 or more"),
+        ((16.0, 4), r"width = 16\.0: must be int"),
+        ((16, 4, "tempscale(0.5)"), r"Attention\.method = .* must be Method"),
+    ],
+)
+def test_what_is_no_size_and_no_method_is_refused(given: Any, rule: str) -> None:
+    with pytest.raises(FieldError, match=rule):
+        Attention(*given)

@@ -386,17 +386,3 @@ def test_threads_that_share_a_module_wait_for_one_another() -> None:
         found = list(pool.map(given, rows))
     assert all(map(torch.equal, found, wanted))
     assert copy.deepcopy(mine)(rows[0], rows[0], rows[0])[0].shape == wanted[0].shape
-
-
-@pytest.mark.parametrize(
-    ("given", "rule"),
-    [
-        ((16, TempScale()), r"Attention\.heads = .*must be int; for example heads=1$"),
-        ((0, 4), "width = 0: must be 1 or more"),
-        ((16.0, 4), r"width = 16\.0: must be int"),
-        ((16, 4, "tempscale(0.5)"), r"Attention\.method = .* must be Method"),
-    ],
-)
-def test_what_is_no_size_and_no_method_is_refused(given: Any, rule: str) -> None:
-    with pytest.raises(FieldError, match=rule):
-        Attention(*given)
