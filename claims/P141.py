@@ -40,7 +40,7 @@ def scores(method: RetrievalHeads) -> Retrieval:
     model, words = trained()
     with attach(model, method) as attached, torch.no_grad():
         for probe in method.probes(words, 2048):
-            attached.roles = dict(probe.roles)
+            attached.roles = probe.roles
             attached(input_ids=probe.tokens, use_cache=False)
         return attached[method]
 
@@ -57,9 +57,10 @@ def copied(method: RetrievalHeads, off: list[Head]) -> float:
                 logits = attached(input_ids=probe.tokens, use_cache=False).logits
         else:
             logits = model(probe.tokens, use_cache=False).logits
-        ((first, last),) = probe.roles["answer"]
-        right += int((logits[:, first - 1 : last - 1].argmax(-1) == probe.tokens[:, first:last]).sum())
-        asked += probe.tokens[:, first:last].numel()
+        for row, predicted, roles in zip(probe.tokens, logits.argmax(-1), probe.roles, strict=True):
+            for first, last in roles["answer"]:
+                right += int((predicted[first - 1 : last - 1] == row[first:last]).sum())
+                asked += last - first
     return right / asked
 
 

@@ -160,7 +160,7 @@ def test_functions_are_found_shown_and_cited_as_methods_are() -> None:
 
 def test_each_file_of_the_explaining_that_names_a_paper_has_one_function() -> None:
     homes = [function.itself.__module__ for function in functions().values() if function.paper]
-    assert len(set(homes)) == len(homes) == 9
+    assert len(set(homes)) == len(homes) == 10
 
 
 @pytest.mark.parametrize(

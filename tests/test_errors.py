@@ -38,8 +38,8 @@ def test_a_good_value_can_be_copied_and_a_site_has_its_name() -> None:
         heedful.explaining.activations(heedful.models.tiny("llama"), [1, 2], Site.MASK)
     with pytest.raises(FieldError, match=r"for example site=Site\.HEAD_OUTPUT$"):
         heedful.edit("pattern", lambda x, call: x)  # type: ignore[arg-type]
-    with pytest.raises(FieldError, match=r"for example site=Site\.HEAD_OUTPUT$"):  # which this takes, unlike PATTERN
-        heedful.explaining.activations(heedful.models.tiny("llama"), [1, 2], [Site.OUTPUT])  # type: ignore[arg-type]
+    with pytest.raises(FieldError, match=r"site = \[Site\.PATTERN\]: .*for example site=Site\.HEAD_OUTPUT$"):
+        heedful.explaining.activations(heedful.models.tiny("llama"), [1, 2], [Site.PATTERN])
     with pytest.raises(FieldError, match=r"for example function=lambda value, call: 2 \* value$"):
         heedful.edit(Site.PATTERN, lambda x: x)  # type: ignore[arg-type]
 

@@ -77,7 +77,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "check": (heedful.check, {"method": AttentionSorting, "only": ("is_documented",)}, "method only"),
         "edit": (heedful.edit, {"site": None, "function": abs}, "site function"),
         "explain": (heedful.explain, {"what": TempScale(0.5)}, "what softcap sink"),
-        "patterns": (heedful.patterns, {"model": model, "text": IDS}, "model text heads stack only backend"),
+        "patterns": (heedful.patterns, {"model": model, "text": IDS}, "text heads stack only backend"),
         "ablate": (heedful.ablate, {"model": model, "heads": [(0, 1)]}, "model heads mean only"),
         "head_importance": (
             explaining.head_importance, {"model": model, "batches": [{"input_ids": clean}]}, "model batches mean only",
@@ -92,7 +92,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "logit_lens": (explaining.logit_lens, {"model": model, "text": IDS}, "model text"),
         "activations": (
             explaining.activations, {"model": model, "text": IDS, "site": heedful.Site.OUTPUT},
-            "text site layers stack only backend",  # plain torch says itself what it takes
+            "text site layers stack only backend",  # as for patterns: plain torch says itself what it takes
         ),
         "direct_logits": (
             explaining.direct_logits, {"model": model, "text": IDS}, "model text answer instead position"
@@ -127,7 +127,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
              "wrong": IDS[:2]},
             "name clean corrupt right wrong",
         ),
-        "spans": (explaining.spans, {"model": model, "text": IDS}, "model text layer longest"),
+        "spans": (explaining.spans, {"model": model, "text": IDS}, "text layer longest"),
         "ReAGent": (explaining.ReAGent, {}, "replaced kept within runs steps among seed"),
         "Likeness.best": (explaining.Likeness(*[torch.zeros(2, 2)] * 3).best, {"level": "heads"}, "level"),
         "inflection": (

@@ -124,6 +124,20 @@ def test_the_choice_is_seeded_and_spread() -> None:
     assert len({m.function for m in chosen}) >= 4
 
 
+def test_a_row_outlives_what_only_readers_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "toy.py"
+    monkeypatch.setattr(tool, "tests_of", lambda path: [path])
+
+    def state(source: str) -> str:
+        home.write_text(source)
+        return tool._state(home)
+
+    first = state(TOY)
+    assert state(TOY.replace('1 + 1"', '2 + 2"').replace("i = 0", "i = (0)  # none yet")) == first
+    assert state(TOY.replace("i = 0", "i = 3")) != first
+    assert state(TOY.replace("1 + 1\n", "1 + 2\n")) != first, "what is left alone may matter to what is changed"
+
+
 def test_silence_is_seen(tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text(TOY)
     (tmp_path / "test_toy.py").write_text(TESTS)
@@ -184,7 +198,7 @@ def test_what_verbs_share_is_tried_with_the_tests_of_those_who_use_it() -> None:
     assert [path.stem for path in verbs if tool.is_shared(path)] == ["aim", "drawn", "states", "stream"]
     assert [path.stem for path in tool.users(paths["stream"])] == ["logits", "tracing"]
     tests = [path.stem for path in tool.tests_of(paths["states"])]
-    assert tests == ["test_ablation", "test_depth", "test_gradients", "test_likening", "test_linear"]
+    assert tests == ["test_depth", "test_gradients", "test_importance", "test_likening", "test_linear"]
     assert paths["gradients"] in tool.users(paths["labels"]), "what the kit holds is not for methods alone"
     for path in verbs:
         if not tool.is_shared(path):

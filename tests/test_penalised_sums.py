@@ -63,6 +63,24 @@ def _learned(method: Method, backend: str = "auto", **more: Any) -> tuple[Tensor
     return loss, [*torch.autograd.grad(loss, [p for n, p in model.named_parameters() if "q_proj" in n])], served
 
 
+class Unguarded(Method):
+    """Entropy as a formula has it, whose slope at a weight of zero is none."""
+
+    paper = PAPER
+
+    @penalises(Site.PATTERN)
+    def look(self, p: Tensor, call: Call) -> Tensor:
+        return torch.special.entr(p).sum(-1).square().sum()
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_hidden_pairs_learn_nothing_and_spoil_nothing(backend: str) -> None:
+    want, slopes, _ = _learned(ByMap("entropy"), "reference")
+    found, mine, _ = _learned(Unguarded(), backend)
+    assert close_model(found, want)
+    assert all(close_model(a, b) for a, b in zip(mine, slopes, strict=True))
+
+
 @pytest.mark.parametrize("part", EACH)
 @pytest.mark.parametrize("backend", ["reference", "tiled", "recomputed"])
 def test_loss_and_gradient_are_those_of_the_map(part: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

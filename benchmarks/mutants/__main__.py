@@ -76,9 +76,9 @@ def _module(path: Path) -> str:
 
 
 def _state(path: Path) -> str:
-    """Of all that a file's row depends on: the file, its tests, and which changes are made."""
-    parts = [part.read_bytes() for part in (path, *tests_of(path), Path(changes.__file__))]
-    return hashlib.sha256(b"\0".join([*parts, json.dumps(_left_out(path)).encode()])).hexdigest()[:16]
+    """Of all that a file's row depends on: what it and its tests do, and which changes could be made."""
+    parts = [changes.code(part.read_text()) for part in (path, *tests_of(path))]
+    return hashlib.sha256("\0".join([*parts, *(m.name for m in _candidates(path))]).encode()).hexdigest()[:16]
 
 
 def _left_out(path: Path) -> dict[str, str]:
@@ -87,11 +87,15 @@ def _left_out(path: Path) -> dict[str, str]:
     return named.get(path.stem, {})
 
 
-def _chosen(path: Path, most: int) -> list[changes.Mutant]:
+def _candidates(path: Path) -> list[changes.Mutant]:
     found, left_out = changes.mutants(path.read_text()), _left_out(path)
     if stale := set(left_out) - {m.name for m in found}:
         raise SystemExit(f"{EQUIVALENT.name}: {path.stem} has no such change: {', '.join(sorted(stale))}")
-    return changes.choose([m for m in found if m.name not in left_out], most, path.stem)
+    return [m for m in found if m.name not in left_out]
+
+
+def _chosen(path: Path, most: int) -> list[changes.Mutant]:
+    return changes.choose(_candidates(path), most, path.stem)
 
 
 def _computed() -> float:

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 
 # Functions that check fields, name defaults or put results into words: no formula is in them.
@@ -166,6 +167,16 @@ def mutants(source: str) -> list[Mutant]:
                 name += f" ({seen[name]})" if seen[name] > 1 else ""
                 found.append(Mutant(name, kind, function, node.lineno, positions[id(node)], turn))  # type: ignore[attr-defined]
     return found
+
+
+@cache
+def code(source: str) -> str:
+    """What a file does, without its comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
 def _told(node: ast.AST) -> str:

@@ -145,7 +145,7 @@ def test_it_starts_as_a_linear_map_with_no_mean() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"momentum = 1: must be 0 or more, and below 1"):
+    with pytest.raises(FieldError, match=r"momentum = 1.0: must be 0 or more, and below 1"):
         AffineScaledAttention(1)
     with pytest.raises(FieldError, match=r"momentum = -0.1"):
         AffineScaledAttention(-0.1)

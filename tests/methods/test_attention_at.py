@@ -129,6 +129,7 @@ def test_a_checkpoint_nudges_again_as_it_did() -> None:
 
 
 def test_errors() -> None:
-    for size in (-1, float("inf")):
-        with pytest.raises(FieldError, match=rf"AttentionAT.size = {size}: must be 0 or more, and finite"):
-            AttentionAT(size)
+    with pytest.raises(FieldError, match=r"AttentionAT.size = -1.0: must be 0 or more"):
+        AttentionAT(-1)
+    with pytest.raises(FieldError, match=r"AttentionAT.size = inf: must be finite"):
+        AttentionAT(float("inf"))

@@ -114,7 +114,7 @@ def test_the_steps_are_the_authors(steps: int) -> None:
     rate = 0.3 / float(slope.norm())
     want, energies = _steps(model, ids, steps, rate, blend)
     assert all(a > b for a, b in itertools.pairwise(energies))
-    method = ControlMLLM(steps=steps, rate=rate, blend=blend, enough=math.inf)
+    method = ControlMLLM(steps=steps, rate=rate, blend=blend, enough=1e9)
     batch = {"input_ids": ids, "roles": ROLES}
     before = {name: x.clone() for name, x in model.state_dict().items()}
     found = fit(method, model, [batch])

@@ -76,7 +76,7 @@ def test_what_was_learned_comes_back() -> None:
 def test_errors() -> None:
     with pytest.raises(FieldError, match=r"GatedHeads.start = 1.0: must lie between 0 and 1"):
         GatedHeads(start=1.0)
-    with pytest.raises(FieldError, match=r"GatedHeads.spread = -1: must be 0 or more"):
+    with pytest.raises(FieldError, match=r"GatedHeads.spread = -1.0: must be 0 or more"):
         GatedHeads(spread=-1)
     odd = replace(LAYER, width=33)
     with pytest.raises(FieldError, match=r"whole = False: gives each of 4 heads a slice of 33 channels.*True"):

@@ -117,7 +117,7 @@ def test_the_first_step_s_loss_and_gradient() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(FieldError, match=r"NormalizedAttention.eps = 0: must be above 0"):
+    with pytest.raises(FieldError, match=r"NormalizedAttention.eps = 0.0: must be above 0"):
         NormalizedAttention(0)
     with pytest.raises(FieldError, match="eps = inf"):
         NormalizedAttention(math.inf)

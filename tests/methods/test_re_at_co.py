@@ -90,7 +90,7 @@ def test_errors() -> None:
         ({"role": ""}, "ReAtCo.role = '': must name a role"),
         ({"box": ""}, "ReAtCo.box = '': must name a role"),
         ({"sharpness": 0.0}, "ReAtCo.sharpness = 0.0: must be above 0 and finite"),
-        ({"sharpness": float("inf")}, "ReAtCo.sharpness = inf: must be above 0"),
+        ({"sharpness": float("inf")}, "ReAtCo.sharpness = inf: must be finite"),
         ({"share": 0.0}, "ReAtCo.share = 0.0: must be above 0 and at most 1"),
         ({"share": 1.5}, "ReAtCo.share = 1.5: must be above 0 and at most 1"),
         ({"until": 2.0}, "ReAtCo.until = 2.0: must be a share"),

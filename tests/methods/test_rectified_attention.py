@@ -88,5 +88,5 @@ def test_scale_and_gate_are_trained() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(FieldError, match=r"eps = 0: must be above 0"):
+    with pytest.raises(FieldError, match=r"eps = 0.0: must be above 0"):
         RectifiedAttention(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
-from heedful.core.errors import StatisticError
+from heedful.core.errors import GuessedWarning, StatisticError
 from heedful.methods.observe.sink_rate import SinkRate, Sinks
 
 IDS = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ def test_what_follows_decoding_is_no_new_text(model: Any) -> None:
 
 def test_guesses_add_no_texts(model: Any) -> None:
     prompt = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
-    with attach(model, LOW) as run:
+    with attach(model, LOW) as run, pytest.warns(GuessedWarning, match="counts guessed tokens too"):
         run.generate(prompt, max_new_tokens=12, prompt_lookup_num_tokens=4, do_sample=False, pad_token_id=0)
     (stat, *_) = run.state.statistics.values()
     assert float(stat.early_count[0].max()) == 1  # type: ignore[attr-defined]

@@ -128,7 +128,7 @@ def test_the_edited_model_runs_without_heedful(kind: str) -> None:
 
 def test_errors() -> None:
     model = models.tiny("llama")
-    with pytest.raises(FieldError, match=r"Steer2Edit.rho = 0: must be above 0"):
+    with pytest.raises(FieldError, match=r"Steer2Edit.rho = 0.0: must be above 0"):
         Steer2Edit(rho=0)
     with pytest.raises(FieldError, match=r"Steer2Edit.alpha = 1.0: must be at least 0 and below 1"):
         Steer2Edit(alpha=1.0)

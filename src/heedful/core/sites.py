@@ -39,6 +39,9 @@ class Site(Enum):
         self.meaning = meaning
         self.order = len(type(self).__members__)
 
+    def __repr__(self) -> str:
+        return f"Site.{self.name}"
+
     __hash__ = object.__hash__  # each is there once; an Enum's own hash is a function in Python, and asked all the time
 
     @property

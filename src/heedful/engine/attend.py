@@ -141,8 +141,8 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
     for step in steps:
         weights = _normalised(step, scores, weights, job, call)
     top = scores.detach().amax(-1) if near and not steps else None
-    if keep is not None and near and (top is None or not _above_hidden(top)):
-        # what a step made is not changed in place
+    if keep is not None and near and (top is None or weights.requires_grad or not _above_hidden(top)):
+        # what a step made is not changed in place; what learns passes nothing on to hidden pairs, not even no number
         weights = zeroed(weights, keep, into=not steps, near=near)
     weights = stage(Site.PATTERN, weights, job, call)
     if call.above:

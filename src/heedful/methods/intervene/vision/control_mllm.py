@@ -72,7 +72,7 @@ class ControlMLLM(Method):
         if not 0 < self.blend <= 1:
             raise FieldError(self, "blend", self.blend, "must be above 0 and at most 1", 0.5)
         if not self.enough > 0:
-            raise FieldError(self, "enough", self.enough, "must be above 0; infinity never stops", 0.25)
+            raise FieldError(self, "enough", self.enough, "must be above 0; a large one never stops", 0.25)
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise FieldError(self, "layers", self.layers, "must be None or one or more layers", (14, 15))
 

@@ -38,8 +38,8 @@ class AttentionAT(Method):
     size: float = 1.0  # norm of what is added to a row of scores; the authors search for it, task by task
 
     def __post_init__(self) -> None:
-        if not 0 <= self.size < math.inf:
-            raise FieldError(self, "size", self.size, "must be 0 or more, and finite", 1.0)
+        if self.size < 0:
+            raise FieldError(self, "size", self.size, "must be 0 or more", 1.0)
 
     @classmethod
     def neutral(cls) -> AttentionAT:
