@@ -6,14 +6,12 @@ import inspect
 import json
 import re
 import textwrap
-from dataclasses import MISSING, fields
-from functools import cache
 from pathlib import Path
 
 from claims.ledger import RESULTS
 from heedful.catalogue import entries, family
 from heedful.cli.methods import sites
-from heedful.cli.show import comments
+from heedful.cli.show import settings
 from heedful.core.method import CatalogueEntry
 from heedful.core.paper import Paper
 from heedful.functions import functions
@@ -98,26 +96,15 @@ def prose(name: str, known: dict[str, type[CatalogueEntry]]) -> str:
     return re.sub(r"\{(\w+)\}", mention, text).strip()
 
 
-@cache
-def written(base: type) -> dict[str, str]:
-    """What the source of a class says of its fields."""
-    return comments(inspect.getsource(base))
-
-
-def settings(kind: type[CatalogueEntry]) -> list[str]:
+def table(kind: type[CatalogueEntry]) -> list[str]:
     """The fields as a table, or a sentence where there are none."""
-    said: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        if base.__module__.startswith("heedful."):
-            said |= written(base)
     rows = []
-    for field in fields(kind):
-        if not field.init:
-            continue
-        made = field.default_factory() if field.default_factory is not MISSING else field.default
-        default = "required" if made is MISSING else f"`{cell(repr(made), 60)}`"
-        rows.append(f"| `{field.name}` | {default} | {cell(said.get(field.name, ''))} |")
-    return ["| field | default | meaning |", "|---|---|---|", *rows, ""] if rows else ["It has no fields.\n"]
+    for one in settings(kind):
+        default = f"`{cell(one.default, 60)}`" if one.default else "required"
+        rows.append(f"| `{one.name}` | {default} | {cell(one.takes)} | {cell(one.meaning)} |")
+    return (
+        ["| field | default | takes | meaning |", "|---|---|---|---|", *rows, ""] if rows else ["It has no fields.\n"]
+    )
 
 
 def source(word: str, paper: Paper) -> list[str]:
@@ -134,7 +121,7 @@ def section(name: str, kind: type[CatalogueEntry], verdict: str) -> list[str]:
     rows = [f"## {name}\n", inspect.cleandoc(kind.__doc__ or "") + "\n"]
     if module and module.__doc__:
         rows.append(f"```text\n{inspect.cleandoc(module.__doc__)}\n```\n")
-    rows += [f"Acts at: {sites(kind)}.\n", *settings(kind)]
+    rows += [f"Acts at: {sites(kind)}.\n", *table(kind)]
     rows += source("Paper", kind.paper)
     rows.append(f"Claim: [{verdict}](../claims.md).\n" if verdict else "Claim: none measured.\n")
     for paper in kind.paper.also:

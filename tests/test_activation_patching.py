@@ -250,7 +250,7 @@ def test_overlap_of_circuits() -> None:
             )
             for s in "kv"
         ),
-        (lambda m: Patch(positions=(-1,)), "must be text positions"),
+        (lambda m: Patch(positions=(-1,)), "each must be 0 or more"),
         (lambda m: heedful.attach(m, Patch(Fitted({"0": torch.ones(1, 3, 6, 8)})))(input_ids=CLEAN), "values of a run"),
     ],
 )

@@ -342,7 +342,7 @@ def test_doctor_serves_a_tiny_model() -> None:
     ("words", "message"),
     [
         (["show", "SinkWindo"], r"Did you mean SinkWindow\?"),
-        (["explain", "SinkWindow(window=0)"], "SinkWindow.window = 0: must be 1 or more tokens"),
+        (["explain", "SinkWindow(window=0)"], "SinkWindow.window = 0: must be 1 or more"),
         (["explain", "SinkWindow(widow=3)"], r"no such field. Did you mean window\? It has sinks, window"),
         (["explain", "SinkWindow(1, 2, 3)"], "takes at most 2 values"),
         (["explain", "SinkWindow(open"], "write it as in Python"),

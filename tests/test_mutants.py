@@ -133,9 +133,15 @@ def test_a_row_outlives_what_only_readers_see(tmp_path: Path, monkeypatch: pytes
         return tool._state(home)
 
     first = state(TOY)
-    assert state(TOY.replace('1 + 1"', '2 + 2"').replace("i = 0", "i = (0)  # none yet")) == first
-    assert state(TOY.replace("i = 0", "i = 3")) != first
-    assert state(TOY.replace("1 + 1\n", "1 + 2\n")) != first, "what is left alone may matter to what is changed"
+    for reads in (
+        ("2 * 2", "3 * 3"),
+        ("i = 0", "i = (0)  # none yet"),
+        ("x = 1 + 1", "x: int = 2"),
+        ("(self, n)", "(self, n: int)"),
+    ):
+        assert state(TOY.replace(*reads)) == first
+    for does in (("i = 0", "i = 3"), ("print(3 + 3)", "print(3 + 4)"), ("len(xs) + 1", "len(xs)")):
+        assert state(TOY.replace(*does)) != first, "what is left alone may matter to what is changed"
 
 
 def test_silence_is_seen(tmp_path: Path) -> None:

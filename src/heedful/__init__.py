@@ -27,7 +27,7 @@ _HOMES = {
     "diagnose": "heedful.diagnosis.run",
     "compare": "heedful.bench.compare",
     "check": "heedful.conformance",
-    "edit": "heedful.core.plain",
+    "edit": "heedful.plain",
     "explain": "heedful.api",
     "patterns": "heedful.explaining.attention_patterns",
     "Comparison": "heedful.bench.comparison",

@@ -18,7 +18,6 @@ from heedful.core.errors import HeedfulError as HeedfulError
 from heedful.core.kinds import Prompt as Prompt
 from heedful.core.method import Method as Method
 from heedful.core.method import Stack as Stack
-from heedful.core.plain import edit as edit
 from heedful.core.sites import Site as Site
 from heedful.diagnosis.profile import Profile as Profile
 from heedful.diagnosis.run import diagnose as diagnose
@@ -27,6 +26,7 @@ from heedful.explaining.ablation import ablate as ablate
 from heedful.explaining.attention_patterns import patterns as patterns
 from heedful.folding import fold as fold
 from heedful.laboratory.lab import lab as lab
+from heedful.plain import edit as edit
 from heedful.saving import load as load
 from heedful.tasks.task import Task as Task
 from heedful.text_models import decode as decode

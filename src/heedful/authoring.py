@@ -22,6 +22,19 @@ from heedful.core.mask import Causal, First, Mask, Where, Window
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Probe, Readings, Stack
 from heedful.core.packed import Packed, Packing
 from heedful.core.paper import Paper
+from heedful.core.ranges import (
+    Layers,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OddInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    ProperShare,
+    RoleName,
+    Share,
+    ShareBelowOne,
+)
 from heedful.core.regions import Region
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.rules import Rule
@@ -33,12 +46,13 @@ from heedful.core.weighing import Weighing, weighs
 from heedful.kit.scored_cache import ScoredCache
 
 __all__ = [
-    "ByIndex", "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode", "Description",
-    "FieldError", "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram",
-    "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Merged", "Method", "Packed", "Packing", "Paper",
-    "Part", "Phase", "Probe", "Prompt", "Read", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter",
-    "ScoredCache", "Site", "SiteError", "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK",
-    "Until", "Vocabulary", "Weighing", "Weights", "Where", "Window", "adds",
-    "adds_by_distance", "at", "penalises", "reads", "reweights",
-    "sums", "weighs",
+    "ByIndex", "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode",
+    "Description", "FieldError", "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights",
+    "Histogram", "Intervals", "Kept", "Layer", "Layers", "Listing", "Mask", "Max", "Mean", "Merged", "Method",
+    "NonNegativeFloat", "NonNegativeInt", "OddInt", "Packed", "Packing", "Paper", "Part", "Phase", "PositiveFloat",
+    "PositiveInt", "PositiveShare", "Probe", "Prompt", "ProperShare", "Read", "Reader", "Readings", "Region",
+    "Reweight", "Role", "RoleName", "Rule", "Scatter", "ScoredCache", "Share", "ShareBelowOne", "Site", "SiteError",
+    "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK", "Until", "Vocabulary", "Weighing",
+    "Weights", "Where", "Window", "adds", "adds_by_distance", "at", "penalises", "reads", "reweights", "sums",
+    "weighs",
 ]  # fmt: skip

@@ -21,11 +21,11 @@ from heedful.kit.budget import (
     keep_best,
     length,
     newest,
-    require_budget,
     room,
     room_for,
     rooms,
 )
+from heedful.methods import KNorm
 
 
 def given(n: int, text: Tensor | None = None) -> tuple[CachedKV, Call]:
@@ -35,13 +35,13 @@ def given(n: int, text: Tensor | None = None) -> tuple[CachedKV, Call]:
 
 @pytest.mark.parametrize("budget", [1, 7, 0.01, 0.5, 1.0])
 def test_a_budget_is_a_count_or_a_share(budget: Any) -> None:
-    require_budget("X", budget)
+    assert KNorm(budget).budget == budget
 
 
 @pytest.mark.parametrize("budget", [0, -1, 0.0, 1.01, -0.5, True, "half", None])
 def test_nothing_else_is_a_budget(budget: Any) -> None:
-    with pytest.raises(FieldError, match=r"X\.share = "):
-        require_budget("X", budget, "share")
+    with pytest.raises(FieldError, match=r"KNorm\.budget = .*; for example budget=0\.5"):
+        KNorm(budget)
 
 
 def test_room_in_entries_and_in_shares() -> None:

@@ -14,7 +14,8 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Method, Stack
 from heedful.core.sites import Site, at
-from heedful.kit.head_search import at_end, gains, heads_here, require_heads, scores
+from heedful.kit.head_search import at_end, gains, heads_here, scores
+from heedful.methods import LoFiT
 from tests.samples import PAPER
 
 
@@ -65,7 +66,7 @@ def test_heads_of_a_layer() -> None:
     for heads in ([(1, 4)], [(2, 0)]):
         with pytest.raises(FieldError, match="fitted to another model; here are 2 layers, and 4 heads in layer 1"):
             heads_here(Looks(), heads, call)
-    require_heads(Looks(), [(0, 0), (3, 1)])
+    assert LoFiT(heads=[[0, 0], (3, 1)]).heads == ((0, 0), (3, 1))  # type: ignore[arg-type]
     for wrong in ([(0,)], [(-1, 0)], [(0, 1, 2)]):
-        with pytest.raises(FieldError, match="pairs of layer and head"):
-            require_heads(Looks(), wrong)
+        with pytest.raises(FieldError, match=r"LoFiT\.heads = .*must be "):
+            LoFiT(heads=wrong)  # type: ignore[arg-type]

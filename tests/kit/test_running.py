@@ -12,11 +12,11 @@ from torch import Tensor
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import SiteError
 from heedful.core.mask import Causal, Mask, Padding
 from heedful.core.positions import Positions
 from heedful.core.state import State
-from heedful.kit.running import Running, divided, grouped, require_chunk, wide
+from heedful.kit.running import Running, divided, grouped, wide
 
 N = 19
 PADDED = torch.ones(2, N, dtype=torch.bool)
@@ -255,9 +255,6 @@ def test_what_is_kept_is_for_each_text_and_not_for_each_token() -> None:
 def test_small_things() -> None:
     a, b = torch.randn(2, 4, 3, 5), torch.randn(2, 2, 5, 6)
     assert close(grouped(a, b), a @ b.repeat_interleave(2, 1))
-    require_chunk("it", 1)
-    with pytest.raises(FieldError, match=r"it.chunk = 0: must be 1 or more rows"):
-        require_chunk("it", 0)
     half, double = wide(torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64))
     assert (half.dtype, double.dtype) == (torch.float32, torch.float64)
     assert torch.equal(

@@ -127,7 +127,7 @@ def test_only_heads_that_a_fit_chose_are_calibrated() -> None:
     for heads in (((0, 3),), ((0, 1), (call.depth, 0))):
         with pytest.raises(FieldError, match="fitted to another model"):
             _calibrated(ACT(heads=heads), pattern, call)
-    with pytest.raises(FieldError, match="pairs of layer and head"):
+    with pytest.raises(FieldError, match="a pair of layer and head"):
         ACT(heads=((0, -1),))
 
 

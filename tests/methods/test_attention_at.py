@@ -131,5 +131,5 @@ def test_a_checkpoint_nudges_again_as_it_did() -> None:
 def test_errors() -> None:
     with pytest.raises(FieldError, match=r"AttentionAT.size = -1.0: must be 0 or more"):
         AttentionAT(-1)
-    with pytest.raises(FieldError, match=r"AttentionAT.size = inf: must be finite"):
+    with pytest.raises(FieldError, match=r"AttentionAT.size = inf: must be 0 or more and finite"):
         AttentionAT(float("inf"))

@@ -109,7 +109,7 @@ def test_a_fit_to_no_image_is_refused() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.1, -1.0])
 def test_wrong_shares_are_refused(share: float) -> None:
-    with pytest.raises(FieldError, match="must lie above 0"):
+    with pytest.raises(FieldError, match="must be above 0"):
         AttentionAwareTokenFiltering(share)
 
 

@@ -103,9 +103,9 @@ def test_fields_and_batches() -> None:
     assert (AttentionInfluence().share, AttentionInfluence().heads) == (0.05, None)
     assert AttentionInfluence(1.0).share == 1
     for share in (0.0, 1.1):
-        with pytest.raises(FieldError, match=r"share = .*: must lie above 0 and be at most 1"):
+        with pytest.raises(FieldError, match=r"share = .*: must be above 0, and 1 at most"):
             AttentionInfluence(share)
-    with pytest.raises(FieldError, match="must be pairs of layer and head"):
+    with pytest.raises(FieldError, match="must be a pair of layer and head"):
         AttentionInfluence(heads=((0, -1),))
     model = models.tiny("llama", num_hidden_layers=1)
     ids = models.tiny_inputs(model, 1, 8)

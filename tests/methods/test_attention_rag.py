@@ -91,8 +91,8 @@ def test_equal_tokens_are_taken_in_order() -> None:
     ("settings", "match"),
     [
         ({"role": ""}, r"AttentionRAG\.role = '': must name a role"),
-        ({"top": 0}, r"AttentionRAG\.top = 0: must be 1 or more tokens.*12"),
-        ({"chunk": 0}, r"AttentionRAG\.chunk = 0: must be 1 or more tokens.*300"),
+        ({"top": 0}, r"AttentionRAG\.top = 0: must be 1 or more.*12"),
+        ({"chunk": 0}, r"AttentionRAG\.chunk = 0: must be 1 or more.*300"),
     ],
 )
 def test_wrong_fields_are_refused(settings: dict[str, Any], match: str) -> None:

@@ -78,7 +78,7 @@ def test_the_role_has_a_name_of_choice(model) -> None:
 
 
 def test_says_what_is_wrong(model) -> None:
-    with pytest.raises(FieldError, match="rounds = -1: must be 0 or more sorts"):
+    with pytest.raises(FieldError, match="rounds = -1: must be 0 or more"):
         AttentionSorting(rounds=-1)
     with pytest.raises(FieldError, match="must name a role"):
         AttentionSorting(role="")

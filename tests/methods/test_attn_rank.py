@@ -82,7 +82,7 @@ def test_says_what_is_wrong() -> None:
     model = models.tiny("llama")
     with pytest.raises(FieldError, match="must name a role"):
         AttnRank(role="")
-    with pytest.raises(FieldError, match="layer = -1: must be a layer's number"):
+    with pytest.raises(FieldError, match="layer = -1: must be 0 or more, or None"):
         AttnRank(layer=-1)
     with pytest.raises(FieldError, match="must be below 2, the model's layers"):
         fit(AttnRank(layer=2), model, [batch(prompt())])

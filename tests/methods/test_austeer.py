@@ -139,7 +139,7 @@ def test_random_momenta_are_the_seeds_own() -> None:
 def test_errors() -> None:
     model = models.tiny("llama")
     inputs, positive, _ = _texts(model)
-    with pytest.raises(FieldError, match=r"AUSteer.count = 0: must be 1 channel or more"):
+    with pytest.raises(FieldError, match=r"AUSteer.count = 0: must be 1 or more"):
         AUSteer(count=0)
     with pytest.raises(FieldError, match=r"AUSteer.strength = -inf: must be finite"):
         AUSteer(strength=-float("inf"))

@@ -84,7 +84,7 @@ def test_the_role_has_a_name_of_choice(model) -> None:
 
 
 def test_says_what_is_wrong(model) -> None:
-    with pytest.raises(FieldError, match="orders = 0: must be 1 order or more"):
+    with pytest.raises(FieldError, match="orders = 0: must be 1 or more"):
         BestOrder(orders=0)
     with pytest.raises(FieldError, match="must name a role"):
         BestOrder(role="")

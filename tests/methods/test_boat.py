@@ -109,7 +109,7 @@ def test_where_plain_attention_stays_and_what_cannot_be() -> None:
     assert BOAT().idle(replace(call, mask=Mask((Causal(),))))
     with pytest.raises(FieldError, match=r"halvings = 0: must be 1 or more"):
         BOAT(0)
-    with pytest.raises(FieldError, match=r"overlap = -1: must be 0 or more patches"):
+    with pytest.raises(FieldError, match=r"overlap = -1: must be 0 or more"):
         BOAT(1, -1)
     assert BOAT() == BOAT(2, 20)
     assert BOAT(1, 0).overlap == 0

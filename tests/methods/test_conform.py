@@ -135,9 +135,9 @@ def test_errors() -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"groups": ("first",)}, r"CONFORM.groups = \('first',\): must name two or more roles"),
         ({"groups": ("a", "b", "a")}, "CONFORM.groups = .*: must name two or more roles"),
-        ({"temperature": 0.0}, "CONFORM.temperature = 0.0: must be above 0 and finite"),
-        ({"temperature": math.inf}, "CONFORM.temperature = inf: must be finite"),
-        ({"until": 2.0}, "CONFORM.until = 2.0: must be a share"),
+        ({"temperature": 0.0}, "CONFORM.temperature = 0.0: must be above 0"),
+        ({"temperature": math.inf}, "CONFORM.temperature = inf: must be above 0 and finite"),
+        ({"until": 2.0}, "CONFORM.until = 2.0: must lie from 0 to 1"),
     )
     for settings, match in cases:
         with pytest.raises(FieldError, match=match):

@@ -130,7 +130,7 @@ def test_errors() -> None:
     bare, _ = _drawn()
     assert ContextAwareCrossAttention().idle(Bare().call)
     assert not ContextAwareCrossAttention().idle(bare.call)
-    with pytest.raises(FieldError, match=r"ContextAwareCrossAttention.window = -1: must be 0 or more places"):
+    with pytest.raises(FieldError, match=r"ContextAwareCrossAttention.window = -1: must be 0 or more"):
         ContextAwareCrossAttention(-1)
     with pytest.raises(SiteError, match="layer 0: the gate reads queries, and none are handed"):
         ContextAwareCrossAttention().gate(replace(bare.call, params=_drawn()[1]))

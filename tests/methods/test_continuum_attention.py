@@ -93,8 +93,8 @@ def test_equal_weights_change_no_bit() -> None:
 
 
 def test_errors() -> None:
-    for weights in ((), (1.0, 0.0), (-1.0,), (1.0, float("inf"))):
-        with pytest.raises(FieldError, match=r"ContinuumAttention.weights = .*: must be one or more weights above 0"):
+    for weights, rule in (((), "must hold one"), ((1.0, 0.0), "each must be above 0"), ((1.0, torch.inf), "finite")):
+        with pytest.raises(FieldError, match=rf"ContinuumAttention.weights = .*: .*{rule}"):
             ContinuumAttention(weights)
     for places in ((), (1.0,), (0.0, 0.0, 1.0), (0.0, 2.0, 1.0)):
         with pytest.raises(FieldError, match=r"ContinuumAttention.of\(\).places = .*: must ascend, and be two or more"):

@@ -99,10 +99,10 @@ def test_what_cannot_be() -> None:
     assert DAS() == DAS(0.2, 3)
     assert DAS.example() == DAS(0.5)
     for share in (0.0, -0.1, 1.1):
-        with pytest.raises(FieldError, match=rf"share = {share}: must be above 0 and at most 1; .*0.2"):
+        with pytest.raises(FieldError, match=rf"share = {share}: must be above 0, and 1 at most; .*0.2"):
             DAS(share)
     for kernel in (0, -1, 4):
-        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be an odd number of patches; .*3"):
+        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be odd, and 1 or more; .*3"):
             DAS(kernel=kernel)
     call, x = image_call(DAS(0.4), (2, 3), 1, 0, E)
     with pytest.raises(SiteError, match="layer 0: acts on rows and columns of patches that all see one another"):

@@ -127,8 +127,8 @@ def test_errors() -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"things": ("first",)}, r"DisenDiff.things = \('first',\): must name two or more roles"),
         ({"things": ("a", "b", "a")}, "DisenDiff.things = .*: must name two or more roles"),
-        ({"weight": -1.0}, "DisenDiff.weight = -1.0: must be 0 or more and finite"),
-        ({"weight": float("inf")}, "DisenDiff.weight = inf: must be 0 or more and finite"),
+        ({"weight": -1.0}, "DisenDiff.weight = -1.0: must be 0 or more"),
+        ({"weight": float("inf")}, "DisenDiff.weight = inf: must be 0 or more"),
         ({"grid": (1, 4)}, r"DisenDiff.grid = \(1, 4\): must be rows and columns, each 2 or more"),
     )
     for settings, match in cases:

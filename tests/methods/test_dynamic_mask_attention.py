@@ -188,7 +188,7 @@ def test_the_start() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"keep": 0}, r"DynamicMaskAttention\.keep = 0: must be 1 or more keys"),
+        ({"keep": 0}, r"DynamicMaskAttention\.keep = 0: must be 1 or more"),
         ({"start": math.nan}, r"DynamicMaskAttention\.start"),
         ({"spread": -0.1}, r"DynamicMaskAttention\.spread"),
         ({"spread": math.inf}, r"DynamicMaskAttention\.spread"),

@@ -82,7 +82,7 @@ def test_what_cannot_be() -> None:
     assert ELA.example() == ELA(3, 4)
     assert ELA(1, 1, 1).groups == 1
     for kernel in (0, -1, 4):
-        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be an odd number of patches; .*7"):
+        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be odd, and 1 or more; .*7"):
             ELA(kernel)
     with pytest.raises(FieldError, match=r"groups = 0: must be 1 or more; .*16"):
         ELA(groups=0)

@@ -134,7 +134,7 @@ def test_where_softmax_stays_and_what_cannot_be() -> None:
     assert not EnhancedLinearAttention().idle(call)
     assert EnhancedLinearAttention().idle(replace(call, mask=Mask((Causal(),))))
     for kernel in (0, 4, -1):
-        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be an odd number of patches"):
+        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be odd, and 1 or more"):
             EnhancedLinearAttention(kernel)
     for least in (0.0, float("inf")):
         with pytest.raises(FieldError, match=rf"least = {least}: must be above 0"):

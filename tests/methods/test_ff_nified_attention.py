@@ -119,5 +119,5 @@ def test_what_cannot_be() -> None:
     assert FFNifiedAttention().kernel == 7
     assert FFNifiedAttention.example() == FFNifiedAttention(3)
     for kernel in (0, -1, 4):
-        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be an odd number of patches; .*7"):
+        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be odd, and 1 or more; .*7"):
             FFNifiedAttention(kernel)

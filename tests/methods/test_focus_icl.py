@@ -120,7 +120,7 @@ def test_says_what_is_wrong() -> None:
     for drop in (-0.1, 1.0):
         with pytest.raises(FieldError, match="must be 0 or more, and below 1"):
             FocusICL(drop)
-    with pytest.raises(FieldError, match="size = 0: must be 1 demonstration or more"):
+    with pytest.raises(FieldError, match="size = 0: must be 1 or more"):
         FocusICL(size=0)
     with pytest.raises(FieldError, match="must name a role"):
         FocusICL(role="")

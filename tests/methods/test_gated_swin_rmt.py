@@ -99,7 +99,7 @@ def test_what_cannot_be() -> None:
     assert GatedSwinRMT() == GatedSwinRMT(7, 0, 2.0, 4.0, 5)
     assert GatedSwinRMT.example() == GatedSwinRMT(3, 1, kernel=3)
     assert GatedSwinRMT(1, 0, 0.1, 0.0, 1).window == 1
-    with pytest.raises(FieldError, match=r"window = 0: must be 1 or more patches; .*7"):
+    with pytest.raises(FieldError, match=r"window = 0: must be 1 or more; .*7"):
         GatedSwinRMT(0)
     for shift in (-1, 7):
         with pytest.raises(FieldError, match=rf"shift = {shift}: must be 0 or more, and less than the window; .*3"):
@@ -113,7 +113,7 @@ def test_what_cannot_be() -> None:
         with pytest.raises(FieldError, match=rf"{name} = {value}: .*{good}"):
             GatedSwinRMT(**{name: value})
     for kernel in (0, -1, 4):
-        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be an odd number of patches; .*5"):
+        with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be odd, and 1 or more; .*5"):
             GatedSwinRMT(kernel=kernel)
     call, (q, k, v, _) = _set_up(GatedSwinRMT(2), (2, 3), 1, 0)
     assert not GatedSwinRMT(2).idle(call)

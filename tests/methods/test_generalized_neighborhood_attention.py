@@ -111,13 +111,13 @@ def test_groups_that_fill_a_tile_share_their_columns() -> None:
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"size": ()}, r"size = \(\): must be 1 or more patches"),
-        ({"size": (0, 3)}, r"size = \(0, 3\): must be 1 or more patches"),
+        ({"size": ()}, r"size = \(\): must hold one or more"),
+        ({"size": (0, 3)}, r"size = \(0, 3\): each must be 1 or more"),
         ({"size": (3,)}, r"stride = \(1, 1\): must have a number for each of the 1 axes"),
         ({"dilation": (1,)}, r"dilation = \(1,\): must have a number for each of the 2 axes"),
         ({"size": (3, 3), "stride": (1, 4)}, r"stride = \(1, 4\): must lie from 1 to the window's size.*\(3, 3\)"),
         ({"stride": (0, 1)}, r"stride = \(0, 1\): must lie from 1"),
-        ({"dilation": (1, 0)}, r"dilation = \(1, 0\): must be 1 or more"),
+        ({"dilation": (1, 0)}, r"dilation = \(1, 0\): each must be 1 or more"),
     ],
 )
 def test_fields(fields: dict[str, tuple[int, ...]], match: str) -> None:

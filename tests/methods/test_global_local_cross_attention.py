@@ -118,5 +118,5 @@ def test_where_it_rests_and_what_cannot_be() -> None:
     assert GlobalLocalCrossAttention.example() == GlobalLocalCrossAttention(0.5)
     assert GlobalLocalCrossAttention(1.0).share == 1
     for share in (0.0, -0.5, 1.5):
-        with pytest.raises(FieldError, match=rf"share = {share}: must be above 0 and at most 1; .*0.1"):
+        with pytest.raises(FieldError, match=rf"share = {share}: must be above 0, and 1 at most; .*0.1"):
             GlobalLocalCrossAttention(share)

@@ -140,7 +140,7 @@ def test_where_softmax_stays_and_what_cannot_be() -> None:
     assert not GlobalSubsampledAttention(2).idle(call)
     assert GlobalSubsampledAttention(2).idle(replace(call, mask=Mask((Causal(),))))
     assert GlobalSubsampledAttention(1).idle(call)
-    with pytest.raises(FieldError, match=r"stride = 0: must be 1 or more patches"):
+    with pytest.raises(FieldError, match=r"stride = 0: must be 1 or more"):
         GlobalSubsampledAttention(0)
     assert GlobalSubsampledAttention().stride == 2
     assert GlobalSubsampledAttention.example().stride == 2

@@ -137,7 +137,7 @@ def test_errors() -> None:
     assert GMMAttention().idle(Bare().call)
     assert not GMMAttention().idle(bare.call)
     assert GMMAttention(1, 1).units == 1
-    with pytest.raises(FieldError, match=r"GMMAttention.components = 0: must be 1 or more Gaussians"):
+    with pytest.raises(FieldError, match=r"GMMAttention.components = 0: must be 1 or more"):
         GMMAttention(0)
-    with pytest.raises(FieldError, match=r"GMMAttention.units = 0: must be 1 or more units"):
+    with pytest.raises(FieldError, match=r"GMMAttention.units = 0: must be 1 or more"):
         GMMAttention(units=0)

@@ -102,5 +102,5 @@ def test_settings() -> None:
     assert Grafting() == Grafting(32)
     assert Grafting(0).band == 0
     assert Grafting.example() == Grafting(2)
-    with pytest.raises(FieldError, match=r"Grafting\.band = -1: must be 0 or more tokens"):
+    with pytest.raises(FieldError, match=r"Grafting\.band = -1: must be 0 or more"):
         Grafting(-1)

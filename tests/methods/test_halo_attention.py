@@ -121,9 +121,9 @@ def test_the_start() -> None:
 
 
 def test_what_cannot_be() -> None:
-    with pytest.raises(FieldError, match=r"block = 0: must be 1 or more patches"):
+    with pytest.raises(FieldError, match=r"block = 0: must be 1 or more"):
         HaloAttention(0)
-    with pytest.raises(FieldError, match=r"halo = -1: must be 0 or more patches"):
+    with pytest.raises(FieldError, match=r"halo = -1: must be 0 or more"):
         HaloAttention(2, -1)
     assert HaloAttention() == HaloAttention(8, 3)
     assert HaloAttention.example() == HaloAttention(2, 1)

@@ -67,7 +67,7 @@ def test_it_acts_in_cross_attention_alone_and_halves_its_pairs() -> None:
 
 
 def test_strides_that_no_layer_can_share_are_refused() -> None:
-    with pytest.raises(FieldError, match=r"Hepos.stride = 0: must be 1 or more heads"):
+    with pytest.raises(FieldError, match=r"Hepos.stride = 0: must be 1 or more"):
         Hepos(0)
     with pytest.raises(FieldError, match=r"Hepos.stride = 5: must be at most the layer's 4 heads"):
         Hepos(5).share(Mask(), _bare(1, 3).call)

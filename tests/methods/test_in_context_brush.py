@@ -87,7 +87,7 @@ def test_what_cannot_be() -> None:
     assert InContextBrush.example() == InContextBrush(1.0, 1.0, "answer", "marked", "bos")
     for name in ("shift", "boost"):
         for wrong in (-0.1, float("inf")):
-            with pytest.raises(FieldError, match=rf"InContextBrush\.{name} = .*: must be 0 or more and finite"):
+            with pytest.raises(FieldError, match=rf"InContextBrush\.{name} = .*: must be 0 or more"):
                 InContextBrush(**{name: wrong})
     for name in ("target", "subject", "prompt"):
         with pytest.raises(FieldError, match=rf"InContextBrush\.{name} = '': must name a role"):

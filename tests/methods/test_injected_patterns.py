@@ -167,9 +167,9 @@ def test_under_patterns_relevance_is_that_of_the_patterns() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"InjectedPatterns.heads = -1: must be 0 or more of each layer's"):
+    with pytest.raises(FieldError, match=r"InjectedPatterns.heads = -1: must be 0 or more"):
         InjectedPatterns(-1)
-    with pytest.raises(FieldError, match=r"InjectedPatterns.ends = \(-2,\): must be numbers of tokens"):
+    with pytest.raises(FieldError, match=r"InjectedPatterns.ends = \(-2,\): each must be 0 or more"):
         InjectedPatterns(ends=(-2,))
     run = attach(models.tiny("bert"), InjectedPatterns())
     with pytest.raises(SiteError, match="hand it ids"):

@@ -134,9 +134,9 @@ def test_weights_add_up_to_one_and_gradients_reach_landmarks() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"LandmarkAttention.every = 1: must be 2 or more tokens"):
+    with pytest.raises(FieldError, match=r"LandmarkAttention.every = 1: must be 2 or more"):
         LandmarkAttention(1)
-    with pytest.raises(FieldError, match=r"LandmarkAttention.tokens = \(-1,\): must be numbers of tokens"):
+    with pytest.raises(FieldError, match=r"LandmarkAttention.tokens = \(-1,\): each must be 0 or more"):
         LandmarkAttention(tokens=(-1,))
     with pytest.raises(FieldError, match=r"LandmarkAttention.blocks = -1: must be 0 or more, or None"):
         LandmarkAttention(blocks=-1)

@@ -152,9 +152,9 @@ def test_what_cannot_be() -> None:
         ):
             LayerBind(*given)
     assert LayerBind(hard=(0,)).hard == (0,)
-    with pytest.raises(FieldError, match=r"LayerBind\.hard = \(0, -1\): must be layers, counted from 0"):
+    with pytest.raises(FieldError, match=r"LayerBind\.hard = \(0, -1\): each must be 0 or more"):
         LayerBind(hard=(0, -1))
     for name in ("binding", "until", "opacity"):
         for wrong in (-0.1, 1.1):
-            with pytest.raises(FieldError, match=rf"LayerBind\.{name} = .*: must be a share from 0 to 1"):
+            with pytest.raises(FieldError, match=rf"LayerBind\.{name} = .*: must lie from 0 to 1"):
                 LayerBind(**{name: wrong})  # type: ignore[arg-type]

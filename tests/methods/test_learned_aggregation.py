@@ -88,7 +88,7 @@ def test_where_it_rests_and_what_cannot_be() -> None:
     assert method == LearnedAggregation(3.0, 1e-4)
     assert LearnedAggregation.example() == LearnedAggregation(scale=1.0)
     for value in (0.0, -1.0, math.inf):
-        with pytest.raises(FieldError, match=rf"inner = {value}: must be above 0 and finite"):
+        with pytest.raises(FieldError, match=rf"inner = {value}: must be above 0"):
             LearnedAggregation(value)
-        with pytest.raises(FieldError, match=rf"scale = {value}: must be above 0 and finite"):
+        with pytest.raises(FieldError, match=rf"scale = {value}: must be above 0"):
             LearnedAggregation(scale=value)

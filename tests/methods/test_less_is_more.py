@@ -232,7 +232,7 @@ def test_decoding_is_the_whole_and_prompts_may_see_all() -> None:
     ("settings", "match"),
     [
         ({"budget": 0}, r"LessIsMore\.budget"),
-        ({"recent": 1.5}, r"LessIsMore\.recent = 1.5: must be a share from 0 to 1"),
+        ({"recent": 1.5}, r"LessIsMore\.recent = 1.5: must lie from 0 to 1"),
         ({"sinks": -1}, r"LessIsMore\.sinks"),
         ({"selecting": ()}, r"LessIsMore\.selecting"),
         ({"selecting": (-1, 3)}, r"LessIsMore\.selecting"),

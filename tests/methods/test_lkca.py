@@ -74,7 +74,7 @@ def test_in_a_model_kernels_learn() -> None:
 
 def test_errors() -> None:
     for size in (0, 4, -1):
-        with pytest.raises(FieldError, match=rf"LKCA.size = {size}: must be an odd number of patches"):
+        with pytest.raises(FieldError, match=rf"LKCA.size = {size}: must be odd, and 1 or more"):
             LKCA(size)
     with pytest.raises(SiteError, match=r"layer 0: a kernel has two sides, and the patches lie on a grid of 3"):
         _bare((2, 2, 3)).run(LKCA(3), "reference")

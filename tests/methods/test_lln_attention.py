@@ -104,5 +104,5 @@ def test_a_cache_that_was_cut_back_is_refused() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"LLNAttention.block = -1: must be 0 or more tokens, or None"):
+    with pytest.raises(FieldError, match=r"LLNAttention.block = -1: must be 0 or more, or None"):
         LLNAttention(-1)

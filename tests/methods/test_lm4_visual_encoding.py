@@ -144,7 +144,7 @@ def test_what_cannot_be() -> None:
             LM4VisualEncoding(head_dim=head_dim)
     LM4VisualEncoding(head_dim=1)
     for eps in (0.0, 1.0):
-        with pytest.raises(FieldError, match=rf"eps = {eps}: must be above 0 and below 1; .*1e-05"):
+        with pytest.raises(FieldError, match=rf"eps = {eps}: must lie between 0 and 1; .*1e-05"):
             LM4VisualEncoding(eps=eps)
     with pytest.raises(FieldError, match=r"head_dim = 3: must divide the 16 rows of query"):
         LM4VisualEncoding(example(), 3)

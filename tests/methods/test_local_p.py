@@ -127,7 +127,7 @@ def test_errors() -> None:
     bare, params = _drawn()
     assert LocalP().idle(Bare().call)
     assert not LocalP().idle(bare.call)
-    with pytest.raises(FieldError, match=r"LocalP.window = 0: must be 1 or more places"):
+    with pytest.raises(FieldError, match=r"LocalP.window = 0: must be 1 or more"):
         LocalP(0)
     for lost in ({"hidden": None, "key": bare.k}, {"key": None}):
         with pytest.raises(SiteError, match="LocalP, layer 0: the block is not handed hidden states"):

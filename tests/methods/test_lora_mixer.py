@@ -142,5 +142,5 @@ def test_errors() -> None:
     assert LoRAMixer(1, 1, 1, 0.0, 0.0).best == 1
     for name in ("scale", "weight", "spread"):
         for bad in (-0.1, float("inf")):
-            with pytest.raises(FieldError, match=rf"LoRAMixer.{name} = .*: must be 0 or more, and finite"):
+            with pytest.raises(FieldError, match=rf"LoRAMixer.{name} = .*: must be 0 or more"):
                 LoRAMixer(**{name: bad})

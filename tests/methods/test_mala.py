@@ -150,7 +150,7 @@ def test_evicted_caches_have_their_new_keys_last() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"MALA.chunk = 0: must be 1 or more rows"):
+    with pytest.raises(FieldError, match=r"MALA.chunk = 0: must be 1 or more"):
         MALA(0)
     with pytest.raises(SiteError, match="causality and padding only"):
         Bare(rules=(Causal(), Window(4))).run(MALA(), "reference")

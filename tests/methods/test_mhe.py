@@ -116,7 +116,7 @@ def test_the_first_step_s_loss_and_gradient(by: str) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"by = 'mean': must be one of product, sum"):
+    with pytest.raises(FieldError, match=r"by = 'mean': must be 'product' or 'sum'"):
         MHE("mean")
     for spread in (-0.1, math.inf):
         with pytest.raises(FieldError, match=rf"spread = {spread}: must be 0 or more"):

@@ -151,9 +151,9 @@ def test_two_heads_are_enough_and_one_stays_as_it_is() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"MixtureOfAttentiveExperts.units = 0: must be 1 or more units"):
+    with pytest.raises(FieldError, match=r"MixtureOfAttentiveExperts.units = 0: must be 1 or more"):
         MixtureOfAttentiveExperts(0)
-    with pytest.raises(FieldError, match=r"MixtureOfAttentiveExperts.every = 0: must be 1 or more forwards"):
+    with pytest.raises(FieldError, match=r"MixtureOfAttentiveExperts.every = 0: must be 1 or more"):
         MixtureOfAttentiveExperts(every=0)
     assert MixtureOfAttentiveExperts(1, 1).units == 1
     with pytest.raises(SiteError, match="layer 0: the block is not handed hidden states"):

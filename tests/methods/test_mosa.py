@@ -121,7 +121,7 @@ def test_what_cannot_be_known_is_refused() -> None:
     assert not MoSA().idle(call)
     with pytest.raises(SiteError, match="MoSA, layer 0: the block is not handed hidden states"):
         MoSA().weigh(bare.q, replace(call, hidden=None))
-    with pytest.raises(FieldError, match=r"MoSA.sparsity = 0: must be 1 or more tokens"):
+    with pytest.raises(FieldError, match=r"MoSA.sparsity = 0: must be 1 or more"):
         MoSA(0)
 
 

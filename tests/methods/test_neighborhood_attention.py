@@ -124,7 +124,7 @@ def test_fields() -> None:
     assert (NeighborhoodAttention().size, NeighborhoodAttention().dilation) == (7, 1)
     assert NeighborhoodAttention.example().size == 3
     for size in (1, 4, -3):
-        with pytest.raises(FieldError, match=r"must be an odd number of 3 or more patches"):
+        with pytest.raises(FieldError, match=r"must be odd, and 3 or more"):
             NeighborhoodAttention(size)
-    with pytest.raises(FieldError, match=r"dilation = 0: must be 1 or more patches"):
+    with pytest.raises(FieldError, match=r"dilation = 0: must be 1 or more"):
         NeighborhoodAttention(3, 0)

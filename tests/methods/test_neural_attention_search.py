@@ -308,7 +308,7 @@ def test_what_it_cannot_serve() -> None:
     with pytest.raises(SiteError, match="NeuralAttentionSearch, layer 0: the block is not handed hidden states"):
         method.tell(bare.q, replace(bare.call, params=params, hidden=None))
     wrong: list[tuple[Callable[[], object], str]] = [
-        (lambda: NeuralAttentionSearch(0), r"window = 0: must be 1 or more tokens"),
+        (lambda: NeuralAttentionSearch(0), r"window = 0: must be 1 or more"),
         (lambda: NeuralAttentionSearch(sparsity=-1.0), r"sparsity = -1\.0: must be 0 or more"),
         (lambda: NeuralAttentionSearch(sparsity=math.inf), r"sparsity"),
     ]

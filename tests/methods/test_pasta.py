@@ -109,10 +109,10 @@ def test_a_fit_takes_the_best_heads_of_every_task() -> None:
     [
         ({"alpha": 0.0}, r"PASTA\.alpha = 0\.0: must lie from 1e-30"),
         ({"count": 0}, r"PASTA\.count"),
-        ({"layers": ()}, r"PASTA\.layers = \(\): must be numbers"),
-        ({"layers": (-1,)}, r"PASTA\.layers = \(-1,\): must be numbers"),
+        ({"layers": ()}, r"PASTA\.layers = \(\): must name one or more layers"),
+        ({"layers": (-1,)}, r"PASTA\.layers = \(-1,\): must name one or more layers"),
         ({"role": ""}, r"PASTA\.role"),
-        ({"heads": ((0, -1),)}, r"PASTA\.heads = .*pairs of layer and head"),
+        ({"heads": ((0, -1),)}, r"PASTA\.heads = .*a pair of layer and head"),
     ],
 )
 def test_wrong_fields_are_refused(settings: dict[str, Any], match: str) -> None:

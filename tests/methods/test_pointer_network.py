@@ -98,7 +98,7 @@ def test_the_start() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"PointerNetwork.units = 0: must be 1 or more units"):
+    with pytest.raises(FieldError, match=r"PointerNetwork.units = 0: must be 1 or more"):
         PointerNetwork(0)
     assert PointerNetwork(1).units == 1
     with pytest.raises(ClashError, match="it looks at rows of earlier calls"):

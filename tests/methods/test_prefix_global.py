@@ -107,8 +107,8 @@ def test_first_queries_and_keys_ahead_are_rules_of_their_own() -> None:
 
 def test_says_what_is_wrong_and_has_the_papers_numbers() -> None:
     assert (PrefixGlobal().prefix, PrefixGlobal().radius) == (512, 127)
-    with pytest.raises(FieldError, match="prefix = -1: must be 0 or more tokens"):
+    with pytest.raises(FieldError, match="prefix = -1: must be 0 or more"):
         PrefixGlobal(-1)
-    with pytest.raises(FieldError, match="radius = -1: must be 0 or more tokens"):
+    with pytest.raises(FieldError, match="radius = -1: must be 0 or more"):
         PrefixGlobal(1, -1)
     assert PrefixGlobal.neutral().radius > 1 << 20

@@ -103,8 +103,8 @@ def test_without_a_fit_places_look_at_all_alike() -> None:
 
 def test_errors() -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"cross": 1.1}, "PromptToPrompt.cross = 1.1: must be a share from 0 to 1"),
-        ({"inner": -0.1}, "PromptToPrompt.inner = -0.1: must be a share from 0 to 1"),
+        ({"cross": 1.1}, "PromptToPrompt.cross = 1.1: must lie from 0 to 1"),
+        ({"inner": -0.1}, "PromptToPrompt.inner = -0.1: must lie from 0 to 1"),
     )
     for settings, match in cases:
         with pytest.raises(FieldError, match=match):

@@ -171,9 +171,9 @@ def test_what_could_not_be_loaded_again_is_not_folded(kind: str, form: str, reas
 
 def test_errors() -> None:
     model = models.tiny("llama")
-    with pytest.raises(FieldError, match=r"PruneHeads.share = 1.5: must lie between 0 and 1"):
+    with pytest.raises(FieldError, match=r"PruneHeads.share = 1.5: must lie from 0 to 1"):
         PruneHeads(1.5)
-    with pytest.raises(FieldError, match=r"PruneHeads.groups = .*: must be pairs of layer and key head"):
+    with pytest.raises(FieldError, match=r"PruneHeads.groups = .*: each must be a pair of layer and head"):
         PruneHeads(groups=((0, -1),))
     with pytest.raises(FieldError, match=r"PruneHeads.form = 'odd': must be 'even', 'uneven' or 'zeros'"):
         PruneHeads(form="odd")

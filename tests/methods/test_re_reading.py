@@ -70,9 +70,9 @@ def test_the_role_has_a_name_of_choice() -> None:
 
 
 def test_says_what_is_wrong() -> None:
-    with pytest.raises(FieldError, match="must be token ids"):
+    with pytest.raises(FieldError, match="each must be 0 or more"):
         ReReading((3, -1))
-    with pytest.raises(FieldError, match="times = 0: must be 1 reading or more"):
+    with pytest.raises(FieldError, match="times = 0: must be 1 or more"):
         ReReading(times=0)
     with pytest.raises(FieldError, match="must name a role"):
         ReReading(role="")

@@ -194,7 +194,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, 0.51])
 def test_says_what_is_wrong(bad: float) -> None:
-    with pytest.raises(FieldError, match=r"share = .*above 0 and at most a half"):
+    with pytest.raises(FieldError, match=r"share = .*above 0, and 0.5 at most"):
         ReferenceFrames(bad)
     assert ReferenceFrames(0.5).share == 0.5
 

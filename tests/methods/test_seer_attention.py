@@ -246,7 +246,7 @@ def test_texts_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors() -> None:
     for settings, what in (
         ({"threshold": 1.5}, "threshold = 1.5: must lie from 0 to 1"),
-        ({"share": 0.0}, "share = 0.0: must lie above 0"),
+        ({"share": 0.0}, "share = 0.0: must be above 0"),
         ({"last": -1}, "last = -1: must be 0 or more"),
         ({"steps": 0}, "steps = 0: must be 1 or more"),
         ({"rate": 0.0}, "rate = 0.0: must be above 0"),

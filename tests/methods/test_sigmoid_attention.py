@@ -46,5 +46,5 @@ def test_a_model_trains_under_it() -> None:
 
 def test_settings_are_checked() -> None:
     assert SigmoidAttention.neutral() is None
-    with pytest.raises(FieldError, match=r"SigmoidAttention.length = 0: must be 1 or more tokens"):
+    with pytest.raises(FieldError, match=r"SigmoidAttention.length = 0: must be 1 or more"):
         SigmoidAttention(0)

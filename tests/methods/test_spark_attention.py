@@ -86,7 +86,7 @@ def test_the_first_step_s_loss_and_gradient() -> None:
 
 def test_the_paper_s_256_and_errors() -> None:
     assert SparkAttention() == SparkAttention(256)
-    with pytest.raises(FieldError, match=r"SparkAttention.keep = 0: must be 1 or more keys"):
+    with pytest.raises(FieldError, match=r"SparkAttention.keep = 0: must be 1 or more"):
         SparkAttention(0)
     bare = Bare()
     for call in (replace(bare.call, query=bare.q), replace(bare.call, key=bare.k)):

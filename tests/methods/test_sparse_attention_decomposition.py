@@ -125,7 +125,7 @@ def test_padding_and_tiles_change_nothing() -> None:
 def test_says_what_is_wrong() -> None:
     model = models.tiny("llama")
     for bad in ({"fires": 0.0}, {"share": 1.5}):
-        with pytest.raises(FieldError, match="must lie above 0"):
+        with pytest.raises(FieldError, match="must be above 0"):
             Slices(**bad)
     other = heedful.fit(Slices(fires=0.2), models.tiny("odd_head_dim"), ())
     for method, match in (

@@ -118,9 +118,9 @@ def test_random_centroids_are_the_seeds_own() -> None:
 def test_errors() -> None:
     model = models.tiny("llama")
     ids = models.tiny_inputs(model, batch=2)["input_ids"]
-    with pytest.raises(FieldError, match=r"count = 0: must be 1 head or more"):
+    with pytest.raises(FieldError, match=r"count = 0: must be 1 or more"):
         SparseAttentionVectors(0)
-    with pytest.raises(FieldError, match="pairs of layer and head"):
+    with pytest.raises(FieldError, match="a pair of layer and head"):
         SparseAttentionVectors(heads=((0, -1),))
     with pytest.raises(FieldError, match="must be fitted"), attach(model, SparseAttentionVectors()) as run:
         run(input_ids=ids)

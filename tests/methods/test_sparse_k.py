@@ -258,7 +258,7 @@ def test_what_it_cannot_serve() -> None:
     assert not SparseK().idle(bare.call)
     with pytest.raises(SiteError, match="SparseK, layer 0: the block is not handed hidden states to score by"):
         SparseK().choose(Mask(), replace(bare.call, params=params, hidden=None))
-    with pytest.raises(FieldError, match=r"SparseK\.keep = 0: must be 1 or more keys"):
+    with pytest.raises(FieldError, match=r"SparseK\.keep = 0: must be 1 or more"):
         SparseK(0)
     assert SparseK().keep == 512
 

@@ -130,7 +130,7 @@ def test_errors() -> None:
     model = models.tiny("llama")
     with pytest.raises(FieldError, match=r"Steer2Edit.rho = 0.0: must be above 0"):
         Steer2Edit(rho=0)
-    with pytest.raises(FieldError, match=r"Steer2Edit.alpha = 1.0: must be at least 0 and below 1"):
+    with pytest.raises(FieldError, match=r"Steer2Edit.alpha = 1.0: must be 0 or more, and below 1"):
         Steer2Edit(alpha=1.0)
     with pytest.raises(FieldError, match="to texts with and without the trait, or seed be given"):
         operate(model, Steer2Edit())

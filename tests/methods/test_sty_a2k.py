@@ -127,7 +127,7 @@ def test_what_cannot_be() -> None:
     assert StyA2K.example() == StyA2K(2)
     found = StyA2K(1).parameters(Layer(0, 1, 1, 2, 2, 2))
     assert {name: x.tolist() for name, x in found.items()} == {"slope": [1.0], "bias": [0.0]}
-    with pytest.raises(FieldError, match=r"region = 0: must be 1 or more patches; .*8"):
+    with pytest.raises(FieldError, match=r"region = 0: must be 1 or more; .*8"):
         StyA2K(0)
     with pytest.raises(FieldError, match=r"region = 3: must divide both sides of the 4 x 6 patches of layer 0"):
         _bare((4, 6)).run(StyA2K(3), "reference")

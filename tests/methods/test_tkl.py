@@ -60,7 +60,7 @@ def test_another_sequence_is_left_alone() -> None:
 
 def test_errors() -> None:
     assert (TKL().chunk, TKL().overlap) == (40, 5)
-    with pytest.raises(FieldError, match=r"TKL.chunk = 0: must be 1 or more tokens"):
+    with pytest.raises(FieldError, match=r"TKL.chunk = 0: must be 1 or more"):
         TKL(0)
-    with pytest.raises(FieldError, match=r"TKL.overlap = -1: must be 0 or more tokens"):
+    with pytest.raises(FieldError, match=r"TKL.overlap = -1: must be 0 or more"):
         TKL(4, -1)

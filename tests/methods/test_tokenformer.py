@@ -127,7 +127,7 @@ def test_token_by_token_is_the_whole(narrow: SinkWindow | None) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"TokenFormer\.tokens = 0: must be 1 or more"):
+    with pytest.raises(FieldError, match=r"TokenFormer\.tokens = 0: must be 1 or more, or None"):
         TokenFormer(0)
     for spread in (0.0, math.inf):
         with pytest.raises(FieldError, match=rf"spread = {spread}: must be above 0"):

@@ -123,7 +123,7 @@ def test_errors() -> None:
     assert VisualSentinel().idle(Bare().call)
     assert not VisualSentinel().idle(bare.call)
     assert VisualSentinel(1).units == 1
-    with pytest.raises(FieldError, match=r"VisualSentinel.units = 0: must be 1 or more units"):
+    with pytest.raises(FieldError, match=r"VisualSentinel.units = 0: must be 1 or more"):
         VisualSentinel(0)
     with pytest.raises(SiteError, match="layer 0: the block is not handed hidden states"):
         VisualSentinel().sentinel(replace(bare.call, params=p, hidden=None))

@@ -21,18 +21,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, Method, Paper, PositiveFloat, Site, at
 
 
 class $name(Method):
     """What it does, in one sentence."""
 
     paper = Paper("$key", "The Paper's Title", "Ada Author, Bo Writer", $year, "$arxiv", differs=())
-    factor: float = 1.1  # what it is, with its unit; the paper's default
-
-    def __post_init__(self) -> None:
-        if self.factor <= 0:
-            raise FieldError(self, "factor", self.factor, "must be above 0", 1.1)
+    factor: PositiveFloat = 1.1  # what it is, with its unit; the paper's default
 
     @classmethod
     def neutral(cls) -> $name:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Annotated
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -15,13 +17,45 @@ if TYPE_CHECKING:
     from heedful.core.paper import Paper
 
 
+FIELD = re.compile(r"    (\w+): [^#]*?(?:  # (.*))?")
+
+
+class Setting(NamedTuple):
+    """A field of a method, as its source and its class tell of it."""
+
+    name: str
+    default: str  # as it is written; "" where there is none
+    takes: str
+    meaning: str
+
+
+def settings(kind: type[CatalogueEntry]) -> list[Setting]:
+    """The fields of an entry, those of its bases first."""
+    from heedful.core.asked import takes
+
+    said: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        if not base.__module__.startswith("heedful.core."):
+            said |= comments(inspect.getsource(base))
+    words = takes(kind)
+    made = {
+        x.name: x.default_factory() if x.default_factory is not MISSING else x.default for x in fields(kind) if x.init
+    }
+    return [
+        Setting(name, "" if default is MISSING else repr(default), words.get(name, ""), said.get(name, ""))
+        for name, default in made.items()
+    ]
+
+
+@cache
 def comments(source: str) -> dict[str, str]:
-    """The comment behind each field of a class."""
-    out = {}
+    """The comment behind each field of a class, or on the lines above it."""
+    out: dict[str, str] = {}
+    above: list[str] = []
     for line in source.splitlines():
-        name, colon, rest = line.strip().partition(":")
-        if colon and "#" in rest and name.isidentifier():
-            out[name] = rest.split("#", 1)[1].strip()
+        if found := FIELD.fullmatch(line):
+            out[found[1]] = found[2] or " ".join(above)
+        above = [*above, line.strip("# ")] if line.startswith("    # ") else []
     return out
 
 
@@ -55,10 +89,9 @@ def show(
     console.print(f"[bold]{kind.__name__}[/]  {family(kind)}, {role(kind)}")
     console.print((module.__doc__ or "").strip() if module else "", style="cyan", markup=False)
     console.print(inspect.cleandoc(kind.__doc__ or ""), markup=False)
-    said = comments(inspect.getsource(kind))
-    for field in fields(kind):
-        default = "" if field.default is MISSING else f" = {field.default!r}"
-        console.print(f"  {field.name}{default}  {said.get(field.name, '')}".rstrip(), markup=False)
+    for one in settings(kind):
+        default = one.default and f" = {one.default}"
+        console.print(f"  {one.name}{default}  {one.meaning} ({one.takes})", markup=False)
     _tell(kind.paper)
 
 

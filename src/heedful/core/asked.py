@@ -1,4 +1,4 @@
-"""Whether what is given is of the kind that is asked for, as the annotations of functions and fields say it."""
+"""Whether what is given is of the kind and in the range that the annotations of functions and fields ask for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from dataclasses import MISSING, fields
 from functools import cache, wraps
 from numbers import Real
 from types import NoneType, UnionType
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from torch import Tensor
 
 from heedful.core.errors import Code, FieldError, UnknownFieldError
+from heedful.core.ranges import bare, is_told, outside, rule_of, within
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,6 +67,7 @@ def asks(function: Callable[P, R]) -> Callable[P, R]:
             if name in given:
                 default = signature.parameters[name].default
                 _require(owner, name, given[name], hint, default, _places(given[name], name, hints, given))
+                _require_range(owner, name, given[name], hint, default)
         return function(*args, **kwargs)
 
     return asking
@@ -90,39 +92,35 @@ def _require_known(owner: str, known: list[str], given: Mapping[str, Any]) -> No
 
 
 def require_fields(value: Any) -> None:
-    """Refuse a value whose fields are of no kind that their annotations name; the others become what these mean.
+    """Refuse a value whose fields are of no kind, or outside the range, that their annotations name.
 
-    A list becomes a tuple, and a whole number a float where that is asked for: values that are equal look alike.
+    The others become what these mean: a list a tuple, and a whole number a float where that is asked for, since values
+    that are equal look alike. None holds infinity, which files cannot.
     """
     kind: Any = type(value)
     hints = _hints_in(kind)
     for field in fields(value):
-        if field.name in hints:
-            default = inspect.Parameter.empty if field.default is MISSING else field.default
-            given, hint = getattr(value, field.name), hints[field.name]
-            taken = _as_meant(given, hint)
-            if not _fits(taken, hint):
-                _require(kind.__name__, field.name, given, hint, default)
-            if taken is not given:
-                object.__setattr__(value, field.name, taken)
-
-
-def require_finite(value: Any) -> None:
-    """Refuse fields that hold infinity, which files cannot."""
-    for field in fields(value):
-        if _endless(given := getattr(value, field.name)):
-            good = field.default if isinstance(field.default, float) else _BY_KIND["a number"]
-            raise FieldError(type(value).__name__, field.name, given, "must be finite", good)
+        name, given = field.name, getattr(value, field.name)
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        hint = hints.get(name, Any)
+        taken = _as_meant(given, hint)
+        if not _fits(taken, hint):
+            _require(kind.__name__, name, given, hint, default)
+        _require_range(value, name, taken, hint, default)
+        if _endless(taken):
+            rule = f"{rule_of(hint)} and finite" if get_origin(hint) is Annotated else "must be finite"
+            raise FieldError(value, name, given, rule, default if isinstance(default, float) else 0.5)
+        if taken is not given:
+            object.__setattr__(value, name, taken)
 
 
 def after_kinds(own: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A class's own check of its fields, once each is known to be of its kind; infinity is refused behind it."""
+    """A class's own check of its fields, once each is known to be of its kind and in its range."""
 
     @wraps(own)
     def checked(self: Any) -> None:
         require_fields(self)
         own(self)
-        require_finite(self)
 
     return checked
 
@@ -152,9 +150,30 @@ def _require(owner: str, name: str, given: Any, hint: Any, default: Any, places:
     raise FieldError(owner, name, given, f"must be {told}{elsewhere}", good)
 
 
+def _require_range(owner: object, name: str, given: Any, hint: Any, default: Any) -> None:
+    if rule := outside(given, hint):
+        usual = isinstance(default, float | int | str) and not outside(default, hint)
+        raise FieldError(owner, name, given, rule, default if usual else within(hint))
+
+
+def takes(kind: type) -> dict[str, str]:
+    """What each field of a class takes, in words."""
+    return {name: _taken(hint) for name, hint in _hints_in(kind).items()}
+
+
+def _taken(hint: Any) -> str:
+    ranges = [x for x in (hint, *get_args(hint)) if get_origin(x) is Annotated]
+    kinds = " or ".join(kind for kind in dict.fromkeys(_words(hint)) if kind != "None")
+    whole = [kinds] if not all(map(is_told, ranges)) or not ranges else []  # some rules say all
+    rules = dict.fromkeys(re.sub("^must (be |lie |hold |(?=name))", "", rule_of(x)) for x in ranges)
+    return ", ".join([*whole, *rules, *["or None"] * (type(None) in get_args(hint))])
+
+
 def _fits(x: Any, hint: Any) -> bool:
     if isinstance(hint, TypeVar):
         hint = hint.__bound__ or Any
+    if get_origin(hint) is Annotated:
+        return _fits(x, hint.__origin__)
     origin, inside = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -207,6 +226,8 @@ def _endless(x: Any) -> bool:
 def _as_meant(x: Any, hint: Any) -> Any:
     """Plain numbers of the annotation's kind, and tuples for lists and ranges, so that a value is frozen and hashes."""
     origin, inside = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _as_meant(x, hint.__origin__)
     if origin in (Union, UnionType):
         return x if type(x) in inside else next((y for kind in inside if _fits(y := _as_meant(x, kind), kind)), x)
     if hint in (int, float) and type(x) is not hint and _fits(x, hint):
@@ -220,7 +241,7 @@ def _as_meant(x: Any, hint: Any) -> Any:
 
 
 def _words(hint: Any) -> Iterator[str]:
-    hint = hint.__bound__ if isinstance(hint, TypeVar) else hint
+    hint = bare(hint.__bound__ if isinstance(hint, TypeVar) else hint)
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         yield from (word for kind in sorted(inside, key=lambda kind: kind is NoneType) for word in _words(kind))

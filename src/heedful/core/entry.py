@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_trans
 
 from torch import Tensor
 
-from heedful.core.asked import after_kinds, known_fields, require_fields, require_finite
+from heedful.core.asked import after_kinds, known_fields, require_fields
 from heedful.core.errors import DefinitionError
 from heedful.core.paper import UNPUBLISHED, Paper
 from heedful.core.regions import Roles
@@ -147,9 +147,8 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # each is made a dataclass below
 
     def __post_init__(self) -> None:
-        """Refuse fields that do not suit; by then each is known to be of the kind that its annotation names."""
+        """Refuse fields that do not suit; by then each is known to be what its annotation says."""
         require_fields(self)
-        require_finite(self)
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
         if "__post_init__" in vars(cls):

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Interval, doc
 from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
 from heedful.core.state import ByIndex
 from heedful.kit.topk import top_k
 
-Budget = int | float  # a whole number of entries a head, or a share of the text so far between 0 and 1
+_RULE = doc("must be a share above 0 and at most 1, as 0.25, or a whole number of entries from 1 up, as 512")
 
-
-def require_budget(owner: object, budget: Budget, field: str = "budget") -> None:
-    """Refuse what is neither a number of entries nor a share."""
-    share = isinstance(budget, float) and 0 < budget <= 1
-    count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
-    if not share and not count:
-        rule = "must be a share above 0 and at most 1, as 0.25, or a whole number of entries from 1 up, as 512"
-        raise FieldError(owner, field, budget, rule, 0.25)
+# a whole number of entries a head, or a share of the text so far
+Budget = Annotated[int, Ge(1), _RULE] | Annotated[float, Interval(gt=0, le=1), _RULE]
 
 
 def is_whole(budget: Budget) -> bool:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import doc
 from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Part, Session, Stack
+from heedful.core.ranges import NonNegativeInt
 from heedful.kit.batches import Batch
 
-Head = tuple[int, int]  # layer, head
-
-
-def require_heads(owner: object, heads: Iterable[Head], field: str = "heads") -> None:
-    """Refuse a field that holds anything but pairs of layer and head."""
-    if any(len(pair) != 2 or min(pair) < 0 for pair in heads):
-        raise FieldError(owner, field, heads, "must be pairs of layer and head", ((0, 0),))
+Head = Annotated[tuple[NonNegativeInt, NonNegativeInt], doc("must be a pair of layer and head")]
 
 
 def heads_here(owner: object, heads: Sequence[Head], call: Call, field: str = "heads") -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import SiteError
 from heedful.core.mask import Padding
 from heedful.core.positions import spread_heads
 from heedful.core.state import Until
@@ -235,11 +235,6 @@ def text_keys(call: Call, total: int, columns: slice = slice(None)) -> Tensor | 
             kept = rule.keeps(row.pairs)[..., 0, :]
             found = kept if found is None else found & kept
     return None if found is None else found[..., columns]
-
-
-def require_chunk(owner: object, chunk: int) -> None:
-    if chunk < 1:
-        raise FieldError(owner, "chunk", chunk, "must be 1 or more rows", CHUNK)
 
 
 def past_keys(call: Call, n: int, total: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
 from heedful.core.method import Method
-from heedful.kit.budget import Budget, all_fit, keep_best, require_budget, room, room_for
+from heedful.kit.budget import Budget, all_fit, keep_best, room, room_for
 
 
 class ScoredCache(Method, abstract=True):
@@ -17,9 +17,6 @@ class ScoredCache(Method, abstract=True):
 
     chunk_invariant = False  # what is dropped after one call, the next cannot see
     budget: Budget = 0.5  # share of the text, or entries a head
-
-    def __post_init__(self) -> None:
-        require_budget(self, self.budget)
 
     @classmethod
     def neutral(cls) -> Self:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import RoleName
 from heedful.core.regions import by_text, marked
 from heedful.core.sites import Site, at
 
@@ -34,12 +34,8 @@ class AttentionKnockout(Method):
             "The authors' localisation of things and their efficient processing of images are not here.",
         ),
     )
-    hidden: str = "image"  # the span that is not seen
+    hidden: RoleName = "image"  # the span that is not seen
     by: str = ""  # the span that does not see it; none: all tokens outside the hidden one
-
-    def __post_init__(self) -> None:
-        if not self.hidden:
-            raise FieldError(self, "hidden", self.hidden, "must name a span", "image")
 
     @at(Site.MASK)
     def knock_out(self, mask: Mask, call: Call) -> Mask:

@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.batches import at_least_one
@@ -56,19 +57,12 @@ class AttentionLens(Method):
     )
     one_text = True
     chunk_invariant = False  # a text in pieces has a Said a piece
-    layer: int = 0  # the layer whose heads are looked at
-    most: int = 10  # tokens to tell of each head and place
-    rate: float = 1e-3  # Adam's learning rate; the authors' code: 1e-3, and 1e-4 from its command line
-    epochs: int = 1  # passes over the batches; the authors' code: 1
+    layer: NonNegativeInt = 0  # the layer whose heads are looked at
+    most: PositiveInt = 10  # tokens to tell of each head and place
+    rate: PositiveFloat = 1e-3  # Adam's learning rate; the authors' code: 1e-3, and 1e-4 from its command line
+    epochs: PositiveInt = 1  # passes over the batches; the authors' code: 1
     lens: Fitted | None = None  # "weight" [h v d] and "bias" [h v], from a fit
     seed: int | None = None  # without a fit: random lenses of a small vocabulary
-
-    def __post_init__(self) -> None:
-        for name, least in (("layer", 0), ("most", 1), ("epochs", 1)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", getattr(type(self), name))
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 1e-3)
 
     @classmethod
     def example(cls) -> AttentionLens:

@@ -15,6 +15,7 @@ from heedful.core.figures import Description, Finding, HeadMap, Listing, head_na
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Mean, Statistic
 from heedful.kit.batches import at_least_one, read
@@ -64,23 +65,15 @@ class AttentionOutputSAE(Method):
             "tokens.",
         ),
     )
-    layer: int = 0  # the layer whose heads are looked at
-    widen: int = 32  # features for each dimension of all heads; the authors' code: 32
-    penalty: float = 0.5  # on the sum of activations, by layer and model; the authors' code for GPT-2's layer 7: 0.5
-    rate: float = 1.2e-3  # Adam's learning rate; the authors' code: 0.0012
-    tokens: int = 4096  # in a step; the authors' code: 4096
-    epochs: int = 1  # passes over the texts; the authors' code: 1
+    layer: NonNegativeInt = 0  # the layer whose heads are looked at
+    widen: PositiveInt = 32  # features for each dimension of all heads; the authors' code: 32
+    # on the sum of activations, by layer and model; the authors' code for GPT-2's layer 7: 0.5
+    penalty: NonNegativeFloat = 0.5
+    rate: PositiveFloat = 1.2e-3  # Adam's learning rate; the authors' code: 0.0012
+    tokens: PositiveInt = 4096  # in a step; the authors' code: 4096
+    epochs: PositiveInt = 1  # passes over the texts; the authors' code: 1
     sae: Fitted | None = None  # "encoder" [h d m], "decoder" [m h d], "bias" [m] and "center" [h d], from a fit
     seed: int | None = None  # of a fit, 0 unless given; without a fit: random features
-
-    def __post_init__(self) -> None:
-        for name, least in (("layer", 0), ("widen", 1), ("tokens", 1), ("epochs", 1)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", getattr(type(self), name))
-        if not self.penalty >= 0:
-            raise FieldError(self, "penalty", self.penalty, "must be 0 or more", 0.5)
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 1.2e-3)
 
     @classmethod
     def example(cls) -> AttentionOutputSAE:

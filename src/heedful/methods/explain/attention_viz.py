@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, HeadMap, head_name
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
@@ -67,11 +68,7 @@ class AttentionViz(Method):
         ),
     )
     one_text = True
-    tokens: int = 64  # of each text that are kept, its first ones
-
-    def __post_init__(self) -> None:
-        if self.tokens < 3:
-            raise FieldError(self, "tokens", self.tokens, "must be 3 or more, for a correlation", 64)
+    tokens: Annotated[int, Ge(3)] = 64  # of each text that are kept, its first ones
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE or call.cross

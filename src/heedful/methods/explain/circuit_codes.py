@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
@@ -18,6 +18,7 @@ from heedful.core.figures import Description, Finding, Head, HeadMap, Role, head
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.seeds import seed_of
@@ -68,21 +69,13 @@ class CircuitCodes(Method):
     )
     one_text = True
     chunk_invariant = False  # in a text that is read in pieces each piece would have a code
-    features: int = 200  # the authors' code: 200
-    penalty: float = 0.02  # on the sum of activations; the authors' code: 0.02, and 0.05 for one of three tasks
-    rate: float = 1e-3  # Adam's learning rate; the authors' code: 0.001
-    steps: int = 500  # each on all examples; the authors' code: 500
+    features: Annotated[int, Ge(2)] = 200  # the authors' code: 200
+    # on the sum of activations; the authors' code: 0.02, and 0.05 for one of three tasks
+    penalty: NonNegativeFloat = 0.02
+    rate: PositiveFloat = 1e-3  # Adam's learning rate; the authors' code: 0.001
+    steps: PositiveInt = 500  # each on all examples; the authors' code: 500
     sae: Fitted | None = None  # "encoder.<layer>" [h d m], "bias" [m], and "scores.<layer>" [h], from a fit
     seed: int | None = None  # of a fit, 0 unless given; without a fit: random features
-
-    def __post_init__(self) -> None:
-        for name, least in (("features", 2), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", getattr(type(self), name))
-        if not 0 <= self.penalty < math.inf:
-            raise FieldError(self, "penalty", self.penalty, "must be 0 or more, and finite", 0.02)
-        if not 0 < self.rate < math.inf:
-            raise FieldError(self, "rate", self.rate, "must be above 0, and finite", 1e-3)
 
     @classmethod
     def example(cls) -> CircuitCodes:

@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Weights
 from heedful.core.method import FitContext
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt
 
 SIDES = ("queries", "keys", "values")
 
@@ -57,11 +58,7 @@ class CompositionScore(Weights):
     )
     # what is fitted, over all heads in a row: "heads" [n 2] (layer and head); by side "best" and "whole" [n n], reader
     # by writer and 0 unless the writer's layer is earlier, and "component" [n n]
-    shown: int = 20  # strongest channels to list
-
-    def __post_init__(self) -> None:
-        if self.shown < 1:
-            raise FieldError(self, "shown", self.shown, "must be 1 channel or more", 20)
+    shown: PositiveInt = 20  # strongest channels to list
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]] = ()) -> Self:
         layers = [context.weights(layer.number) for layer in context.layers]

@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.written import map_of, written
@@ -80,16 +81,13 @@ class ImageDecomposition(Method):
         ),
     )
     subjects = ("image",)
-    last: int = 4  # layers that are looked at, the last ones; the paper finds that these say nearly all
-    tokens: int = 1  # the class token is the last of the first so many; in the paper's models there is one
+    last: PositiveInt = 4  # layers that are looked at, the last ones; the paper finds that these say nearly all
+    tokens: PositiveInt = 1  # the class token is the last of the first so many; in the paper's models there is one
     directions: Fitted | None = None  # "d" [m e]; None: parts by head alone
     maps: Fitted | None = None  # o.<layer> [e h d] and b.<layer> [e], from a fit
     seed: int | None = None  # without a fit: random projections
 
     def __post_init__(self) -> None:
-        for name in ("last", "tokens"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(type(self), name))
         if self.directions is not None and (set(self.directions) != {"d"} or self.directions["d"].ndim != 2):
             raise FieldError(self, "directions", self.directions, 'must hold "d" [m e]', 'Fitted({"d": centroids})')
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName
 from heedful.core.sites import Site, penalises
 
 TINY = 1e-6  # of a mass of 1, whose logarithm would be infinite
@@ -37,15 +37,9 @@ class Impermissible(Method):
         ),
     )
     whole_map = True
-    weight: float = 1.0  # lambda; the paper: 0.1 and 1
-    role: str = "impermissible"  # the tokens that must not be attended to
+    weight: NonNegativeFloat = 1.0  # lambda; the paper: 0.1 and 1
+    role: RoleName = "impermissible"  # the tokens that must not be attended to
     asking: str = ""  # the role of the queries; "": all of the text
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise FieldError(self, "weight", self.weight, "must be 0 or more and finite", 1.0)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "impermissible")
 
     @classmethod
     def neutral(cls) -> Impermissible:

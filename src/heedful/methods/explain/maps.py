@@ -17,6 +17,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import Weights
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt, PositiveShare
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat, Statistic
 
@@ -46,18 +47,13 @@ class MAPS(Weights):
         ),
     )
     # what is fitted: "score.<layer>" and "suppression.<layer>", each [h]
-    pairs: tuple[tuple[int, int], ...] = ()  # token ids: source, target; none: each of 100 tokens to itself
+    pairs: tuple[
+        tuple[NonNegativeInt, NonNegativeInt], ...
+    ] = ()  # token ids: source, target; none: each of 100 tokens to itself
     name: str = "copying"  # of the operation, for figures
-    k: int = 1  # the authors': 1 for copying, 10 for the rest; 3 and 25 where a vocabulary is as large as Llama 3's
-    does: float = 0.2  # share of the pairs from which on a head is said to do the operation
-
-    def __post_init__(self) -> None:
-        if any(len(pair) != 2 or min(pair) < 0 for pair in self.pairs):
-            raise FieldError(self, "pairs", self.pairs, "must be pairs of token ids, source and target", ((17, 42),))
-        if self.k < 1:
-            raise FieldError(self, "k", self.k, "must be 1 token or more", 10)
-        if not 0 < self.does <= 1:
-            raise FieldError(self, "does", self.does, "must be a share above 0", 0.2)
+    # the authors': 1 for copying, 10 for the rest; 3 and 25 where a vocabulary is as large as Llama 3's
+    k: PositiveInt = 1
+    does: PositiveShare = 0.2  # share of the pairs from which on a head is said to do the operation
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]] = ()) -> Self:
         words = context.vocabulary()

@@ -14,6 +14,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt
 from heedful.core.sites import Site, at
 
 
@@ -39,11 +40,8 @@ class Patch(Method):
         ),
     )
     values: Fitted | None = None  # <layer> [b|1 h n d] by text position; without it, or without a layer in it, zeros
-    positions: tuple[int, ...] | None = None  # text positions to put them in; None: all that there are values for
-
-    def __post_init__(self) -> None:
-        if self.positions is not None and any(p < 0 for p in self.positions):
-            raise FieldError(self, "positions", self.positions, "must be text positions from 0 up", (3, 4))
+    # text positions to put them in; None: all that there are values for
+    positions: tuple[NonNegativeInt, ...] | None = None
 
     @classmethod
     def neutral(cls) -> Patch:

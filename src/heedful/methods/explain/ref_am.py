@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from heedful.authoring import Call, Cat, FieldError, Method, Paper, Readings, Site, reads
+from heedful.authoring import Call, Cat, Method, Paper, Readings, RoleName, Site, reads
 from heedful.core.regions import by_text, numbers
 
 
@@ -34,16 +37,10 @@ class RefAM(Method):
     )
     whole_map = True
     subjects = ("cross",)
-    words: str = "marked"  # the words that refer, among the keys
+    words: RoleName = "marked"  # the words that refer, among the keys
     places: str = ""  # the picture's tokens, in joint attention; "": all queries of cross-attention
     magnets: tuple[str, ...] = (".", "a", "with")  # stand behind the prompt; the authors: these
-    sinks: float = 10.0  # a word is one above so many even shares from each token; ours
-
-    def __post_init__(self) -> None:
-        if not self.words:
-            raise FieldError(self, "words", self.words, "must name a role", "marked")
-        if not 1 <= self.sinks < float("inf"):
-            raise FieldError(self, "sinks", self.sinks, "must be 1 or more and finite", 10.0)
+    sinks: Annotated[float, Ge(1)] = 10.0  # a word is one above so many even shares from each token; ours
 
     def appended(self, text: str) -> str:
         return " ".join([text, *self.magnets])

@@ -15,6 +15,7 @@ from heedful.core.figures import Description, HeadMap
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
 from heedful.kit.seeds import drawn_for
@@ -44,15 +45,10 @@ class SparseAttentionDecomposition(LayerByLayer):
             "Every layer is looked at; the authors leave out the first, which nothing could be traced from.",
         ),
     )
-    fires: float = 0.5  # weight from which on a pair counts; the authors' code: 0.5
-    share: float = 1.0  # of the score that the slices have to reach; the authors' code: 1.0 for tracing
+    fires: PositiveShare = 0.5  # weight from which on a pair counts; the authors' code: 0.5
+    share: PositiveShare = 1.0  # of the score that the slices have to reach; the authors' code: 1.0 for tracing
     factors: Fitted | None = None  # q.<layer> [h d d] and k.<layer> [g d d]: projections seen in their own row space
     seed: int | None = None  # without a fit: random axes
-
-    def __post_init__(self) -> None:
-        for name in ("fires", "share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise FieldError(self, name, getattr(self, name), "must lie above 0 and be at most 1", 0.5)
 
     @classmethod
     def example(cls) -> SparseAttentionDecomposition:

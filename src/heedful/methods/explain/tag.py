@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, RoleName
 from heedful.core.regions import Region, by_text, numbers
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
@@ -59,16 +59,9 @@ class TAG(Method):
         ),
     )
     one_text = True
-    count: int = 10  # heads of the whole model that are heard for a token; the authors' code: 10
-    asked: str = "question"  # the span whose tokens are listened to
-    role: str = "image"  # the span in which places are
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise FieldError(self, "count", self.count, "must be 1 or more", 10)
-        for name, good in (("asked", "question"), ("role", "image")):
-            if not getattr(self, name):
-                raise FieldError(self, name, "", "must name a span", good)
+    count: PositiveInt = 10  # heads of the whole model that are heard for a token; the authors' code: 10
+    asked: RoleName = "question"  # the span whose tokens are listened to
+    role: RoleName = "image"  # the span in which places are
 
     @classmethod
     def example(cls) -> TAG:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, NonNegativeInt, RoleName
 from heedful.core.regions import by_text, marked
 from heedful.core.sites import Site, at
 
@@ -40,17 +38,9 @@ class TokenNoise(Method):
         ),
     )
     one_text = True
-    size: float = 1.0  # standard deviation; causal tracing takes three times that of the model's embeddings
-    role: str = "marked"  # the span that is hidden
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.size < math.inf:
-            raise FieldError(self, "size", self.size, "must be 0 or more, and finite", 1.0)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a span", "marked")
-        if self.seed < 0:
-            raise FieldError(self, "seed", self.seed, "must be 0 or more", 0)
+    size: NonNegativeFloat = 1.0  # standard deviation; causal tracing takes three times that of the model's embeddings
+    role: RoleName = "marked"  # the span that is hidden
+    seed: NonNegativeInt = 0
 
     @classmethod
     def neutral(cls) -> TokenNoise:

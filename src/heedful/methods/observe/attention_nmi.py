@@ -15,6 +15,7 @@ from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, co
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.positions import spread_heads
+from heedful.core.ranges import ShareBelowOne
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 from heedful.kit.pieces import added
@@ -80,12 +81,10 @@ class AttentionNMI(Method):
         ),
     )
     one_text = True
-    low: float = 0.1  # NMI below which a layer is called global
+    low: ShareBelowOne = 0.1  # NMI below which a layer is called global
     high: float = 0.25  # NMI above which it is called local
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < 1:
-            raise FieldError(self, "low", self.low, "must be an NMI from 0 up and below 1", 0.1)
         if not self.low < self.high <= 1:
             raise FieldError(self, "high", self.high, f"must be an NMI above `low`, {self.low}, and at most 1", 0.25)
 

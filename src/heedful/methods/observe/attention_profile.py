@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import (
     Curves,
     Description,
@@ -26,6 +25,7 @@ from heedful.core.figures import (
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.positions import spread_heads
+from heedful.core.ranges import PositiveInt, ProperShare
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 from heedful.kit.octaves import EDGES, EXACT
@@ -108,17 +108,10 @@ class AttentionProfile(Method):
             "Entropy of the weights as they are; the authors smooth them first. Their syntax probes are not here.",
         ),
     )
-    local: int = 15  # tokens to either side that are near
-    offset: float = 0.5  # share at one distance that makes an offset head; the paper's "over half"
-    broad: float = 0.1  # highest weight, on average, of a head that looks broadly; the paper's figure
-    alike: float = 0.02  # nats of divergence up to which heads stand in one group
-
-    def __post_init__(self) -> None:
-        if self.local < 1:
-            raise FieldError(self, "local", self.local, "must be 1 token or more", 15)
-        for name in ("offset", "broad", "alike"):
-            if not 0 < getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must lie between 0 and 1", getattr(type(self), name))
+    local: PositiveInt = 15  # tokens to either side that are near
+    offset: ProperShare = 0.5  # share at one distance that makes an offset head; the paper's "over half"
+    broad: ProperShare = 0.1  # highest weight, on average, of a head that looks broadly; the paper's figure
+    alike: ProperShare = 0.02  # nats of divergence up to which heads stand in one group
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE or call.cross

@@ -15,6 +15,7 @@ from heedful.authoring import (
     FieldError,
     Finding,
     Method,
+    NonNegativeInt,
     Paper,
     Phase,
     Readings,
@@ -70,11 +71,7 @@ class Grafting(Method):
             "In causal models a band reaches back alone; the authors' see both ways.",
         ),
     )
-    band: int = 32  # tokens to either side, the paper's k; the authors: 32
-
-    def __post_init__(self) -> None:
-        if self.band < 0:
-            raise FieldError(self, "band", self.band, "must be 0 or more tokens", 32)
+    band: NonNegativeInt = 32  # tokens to either side, the paper's k; the authors: 32
 
     @classmethod
     def example(cls) -> Grafting:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, Head, HeadMap, Role, counted, head_name, percent
 from heedful.core.method import Method, Probe, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, ShareBelowOne
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 
@@ -66,18 +68,11 @@ class InductionHeads(Method):
             "The score of the previous token is not in the paper; it is the other half of an induction head.",
         ),
     )
-    period: int = 64  # tokens until the text comes again; the paper's 2500
-    repeats: int = 4  # times that it is there; the paper's
-    texts: int = 1  # texts to draw
+    period: Annotated[int, Ge(3)] = 64  # tokens until the text comes again; the paper's 2500
+    repeats: Annotated[int, Ge(2)] = 4  # times that it is there; the paper's
+    texts: PositiveInt = 1  # texts to draw
     seed: int = 0
-    share: float = 0.3  # score above which a head plays a role; the paper takes the best 14 % and 1 % instead
-
-    def __post_init__(self) -> None:
-        for name, least in (("period", 3), ("repeats", 2), ("texts", 1)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", getattr(type(self), name))
-        if not 0 <= self.share < 1:
-            raise FieldError(self, "share", self.share, "must be a weight from 0 to below 1", 0.3)
+    share: ShareBelowOne = 0.3  # score above which a head plays a role; the paper takes the best 14 % and 1 % instead
 
     def probes(self, vocabulary: Tensor, length: int) -> Iterable[Probe]:
         repeats = min(self.repeats, length // self.period)

@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, HeadMap, Listing, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
@@ -76,11 +77,8 @@ class MassiveQK(Method):
         ),
     )
     one_text = True
-    times: float = 5.0  # times the head's mean dimension; the paper's default
-
-    def __post_init__(self) -> None:
-        if self.times <= 1:
-            raise FieldError(self, "times", self.times, "must be above 1, the mean itself", 5.0)
+    # times the head's mean dimension; the paper's default
+    times: Annotated[float, Gt(1)] = 5.0
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE or call.cross

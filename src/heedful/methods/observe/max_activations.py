@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Annotated, Self
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, Listing, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
@@ -104,11 +104,8 @@ class MaxActivations(Method):
         ),
     )
     one_text = True
-    massive: float = 1000.0  # times the layer's mean magnitude; above it an activation is called massive
-
-    def __post_init__(self) -> None:
-        if self.massive <= 1:
-            raise FieldError(self, "massive", self.massive, "must be above 1, the mean itself", 1000.0)
+    # times the layer's mean magnitude; above it an activation is called massive
+    massive: Annotated[float, Gt(1)] = 1000.0
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.figures import (
     Curves,
     Description,
@@ -25,6 +24,7 @@ from heedful.core.figures import (
 )
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, ProperShare
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
 
@@ -99,14 +99,8 @@ class OffsetLocalHeads(Method):
         ),
     )
     subjects = ("image",)
-    reach: int = 3  # patches to each side that are told one by one
-    share: float = 0.1  # of its attention to patches that a head gives one neighbour to be called offset-local
-
-    def __post_init__(self) -> None:
-        if self.reach < 1:
-            raise FieldError(self, "reach", self.reach, "must be 1 patch or more", 3)
-        if not 0 < self.share < 1:
-            raise FieldError(self, "share", self.share, "must lie between 0 and 1", 0.1)
+    reach: PositiveInt = 3  # patches to each side that are told one by one
+    share: ProperShare = 0.1  # of its attention to patches that a head gives one neighbour to be called offset-local
 
     def idle(self, call: Call) -> bool:
         return call.cross or "patches" not in call.roles

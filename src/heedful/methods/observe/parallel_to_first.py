@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, Grid, layers_from
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import ProperShare
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Histogram, Statistic
 
@@ -61,11 +61,7 @@ class ParallelToFirst(Method):
         ),
     )
     one_text = True
-    near: float = 0.9  # cosine from which on a token counts as parallel to the first
-
-    def __post_init__(self) -> None:
-        if not 0 < self.near < 1:
-            raise FieldError(self, "near", self.near, "must be a cosine between 0 and 1", 0.9)
+    near: ProperShare = 0.9  # cosine from which on a token counts as parallel to the first
 
     @property
     def edges(self) -> tuple[float, ...]:

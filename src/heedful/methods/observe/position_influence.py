@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, ShareBelowOne
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
 
@@ -59,14 +59,8 @@ class PositionInfluence(Method):
             "Parts of a model that read another sequence, and texts that come in pieces, are left out.",
         ),
     )
-    parts: int = 15  # equal parts of the text after its first token; with it they fill one panel of a kernel
-    residual: float = 0.5  # share of the residual connection, as in rollout; the paper's theorem has 0
-
-    def __post_init__(self) -> None:
-        if self.parts < 1:
-            raise FieldError(self, "parts", self.parts, "must be 1 or more parts of the text", 15)
-        if not 0 <= self.residual < 1:
-            raise FieldError(self, "residual", self.residual, "must be a share from 0 to below 1", 0.5)
+    parts: PositiveInt = 15  # equal parts of the text after its first token; with it they fill one panel of a kernel
+    residual: ShareBelowOne = 0.5  # share of the residual connection, as in rollout; the paper's theorem has 0
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE or call.cross or call.queries.first != 0

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, ProperShare
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 from heedful.kit.rotary import periods
@@ -56,17 +56,9 @@ class PositionalHeads(Method):
         ),
     )
     one_text = True
-    far: int = 64  # tokens; from this distance on a key is distant
-    rows: int = 8  # queries looked at in a text; cost grows with them
-    high: float = 0.9  # correlation from which on a head is called positional
-
-    def __post_init__(self) -> None:
-        if self.far < 1:
-            raise FieldError(self, "far", self.far, "must be 1 or more tokens", 64)
-        if self.rows < 1:
-            raise FieldError(self, "rows", self.rows, "must be 1 or more queries", 8)
-        if not 0 < self.high < 1:
-            raise FieldError(self, "high", self.high, "must be a correlation between 0 and 1", 0.9)
+    far: PositiveInt = 64  # tokens; from this distance on a key is distant
+    rows: PositiveInt = 8  # queries looked at in a text; cost grows with them
+    high: ProperShare = 0.9  # correlation from which on a head is called positional
 
     @classmethod
     def example(cls) -> PositionalHeads:

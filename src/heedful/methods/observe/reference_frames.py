@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
@@ -83,11 +84,8 @@ class ReferenceFrames(Method):
             "several calls, each going on where the last one ended; decoding steps are not counted.",
         ),
     )
-    share: float = 0.1  # of all attention in a text, from which on a token is a point of reference
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 0.5:
-            raise FieldError(self, "share", self.share, "must be a share above 0 and at most a half", 0.1)
+    # of all attention in a text, from which on a token is a point of reference
+    share: Annotated[float, Interval(gt=0, le=0.5)] = 0.1
 
     @classmethod
     def example(cls) -> ReferenceFrames:

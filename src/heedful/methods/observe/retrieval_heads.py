@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,6 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, Head, HeadMap, Role, head_name, percent
 from heedful.core.method import Method, Probe, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, Share, ShareBelowOne
 from heedful.core.stats import Statistic
 from heedful.core.summary import Summary, sums
 from heedful.kit.pointing import pointing
@@ -60,24 +63,20 @@ class RetrievalHeads(Method):
             "tokens in the needle that is the authors' rule.",
         ),
     )
-    size: int = 16  # tokens of the needle
-    cue: int = 4  # tokens that stand before the needle and come again before the answer
+    size: PositiveInt = 16  # tokens of the needle
+    cue: PositiveInt = 4  # tokens that stand before the needle and come again before the answer
     length: int = 128  # tokens of a prompt; the paper's 1000 to 50k
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)  # where the needle stands, 0 first; the paper's ten
-    texts: int = 1  # prompts a depth
+    # where the needle stands, 0 first; the paper's ten
+    depths: Annotated[tuple[Share, ...], MinLen(1)] = (0.1, 0.5, 0.9)
+    texts: PositiveInt = 1  # prompts a depth
     together: bool = False  # the needles of all depths in one prompt, where they fit; its answers follow one another
     seed: int = 0
-    threshold: float = 0.1  # score above which a head is a retrieval head; the paper's
+    threshold: ShareBelowOne = 0.1  # score above which a head is a retrieval head; the paper's
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 1), ("cue", 1), ("texts", 1), ("length", 2 * (self.size + self.cue))):
-            if getattr(self, name) < least:
-                good = max(least, getattr(type(self), name))
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", good)
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise FieldError(self, "depths", self.depths, "must be one or more numbers from 0 to 1", (0.1, 0.5, 0.9))
-        if not 0 <= self.threshold < 1:
-            raise FieldError(self, "threshold", self.threshold, "must lie from 0 to below 1", 0.1)
+        if self.length < (least := 2 * (self.size + self.cue)):
+            rule = f"must be {least} or more, to hold the needle with its cue twice"
+            raise FieldError(self, "length", self.length, rule, max(least, 128))
 
     def probes(self, vocabulary: Tensor, length: int) -> Iterable[Probe]:
         length, block = min(self.length, length), self.cue + self.size

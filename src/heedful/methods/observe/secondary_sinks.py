@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, Listing, layers_from, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt, ProperShare
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
@@ -87,17 +87,9 @@ class SecondarySinks(Method):
             "what follows them, are not counted.",
         ),
     )
-    near: float = 0.9  # absolute cosine to the first token, strictly above; the authors' default
-    least: int = 5  # layers that a sink lasts at least; the authors' default
-    primary: float = 3.0  # norm of the first token over the median one, from which on it is a sink itself
-
-    def __post_init__(self) -> None:
-        if not 0 < self.near < 1:
-            raise FieldError(self, "near", self.near, "must be a cosine between 0 and 1", 0.9)
-        if self.least < 1:
-            raise FieldError(self, "least", self.least, "must be 1 or more layers", 5)
-        if self.primary <= 0:
-            raise FieldError(self, "primary", self.primary, "must be above 0", 3.0)
+    near: ProperShare = 0.9  # absolute cosine to the first token, strictly above; the authors' default
+    least: PositiveInt = 5  # layers that a sink lasts at least; the authors' default
+    primary: PositiveFloat = 3.0  # norm of the first token over the median one, from which on it is a sink itself
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE

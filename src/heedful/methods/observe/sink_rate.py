@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, layers_from, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, ShareBelowOne
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 from heedful.kit.octaves import EDGES
@@ -140,14 +140,9 @@ class SinkRate(Method):
             "what follows them, are not counted.",
         ),
     )
-    epsilon: float = 0.3  # weight; the paper's default, strictly above
-    places: int | None = None  # tokens for which each head is told by itself, all by default; further on the mean is
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < 1:
-            raise FieldError(self, "epsilon", self.epsilon, "must be a weight from 0 to below 1", 0.3)
-        if self.places is not None and self.places < 1:
-            raise FieldError(self, "places", self.places, "must be 1 token or more, or None for all", 64)
+    epsilon: ShareBelowOne = 0.3  # weight; the paper's default, strictly above
+    # tokens for which each head is told by itself, all by default; further on the mean is
+    places: PositiveInt | None = None
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE

@@ -15,9 +15,10 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
-from heedful.kit.head_search import Head, heads_here, require_heads
+from heedful.kit.head_search import Head, heads_here
 from heedful.kit.seeds import drawn_for
 
 
@@ -61,15 +62,10 @@ class SparseAttentionVectors(Method):
     )
     one_text = True
     chunk_invariant = False  # in a text that is read in pieces the end of each piece would vote
-    count: int = 20  # heads that vote; the authors: 20
+    count: PositiveInt = 20  # heads that vote; the authors: 20
     heads: tuple[Head, ...] = ()  # (layer, head) pairs from a fit, the best first
     centroids: Fitted | None = None  # c.<layer> [classes heads d] of these heads, in their order
     seed: int | None = None  # without a fit: random centroids of two classes in every head
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise FieldError(self, "count", self.count, "must be 1 head or more", 20)
-        require_heads(self, self.heads)
 
     @classmethod
     def example(cls) -> SparseAttentionVectors:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, layers_from, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
@@ -73,14 +75,9 @@ class SystematicOutliers(Method):
             "what follows them, are not counted.",
         ),
     )
-    times: float = 1000.0  # magnitude over the text's mean one; the paper's default
-    share: float = 0.1  # weight that a token gets on average; the paper's default
-
-    def __post_init__(self) -> None:
-        if self.times <= 1:
-            raise FieldError(self, "times", self.times, "must be above 1, the mean itself", 1000.0)
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must be a weight above 0 and at most 1", 0.1)
+    # magnitude over the text's mean one; the paper's default
+    times: Annotated[float, Gt(1)] = 1000.0
+    share: PositiveShare = 0.1  # weight that a token gets on average; the paper's default
 
     @classmethod
     def example(cls) -> SystematicOutliers:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, HeadMap
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
@@ -58,14 +59,9 @@ class TreeLevels(Method):
             "Their filtered trees, belief propagation, and probes for ancestors are not here.",
         ),
     )
-    branching: int = 2  # children of a node; the authors: 2
-    depth: int = 4  # heights that are told apart, further ones being one; the authors: trees of depth 4
-
-    def __post_init__(self) -> None:
-        if self.branching < 2:
-            raise FieldError(self, "branching", self.branching, "must be 2 children or more", 2)
-        if not 1 <= self.depth <= 30:
-            raise FieldError(self, "depth", self.depth, "must lie from 1 to 30", 4)
+    branching: Annotated[int, Ge(2)] = 2  # children of a node; the authors: 2
+    # heights that are told apart, further ones being one; the authors: trees of depth 4
+    depth: Annotated[int, Interval(ge=1, le=30)] = 4
 
     def idle(self, call: Call) -> bool:
         return call.cross or call.phase is Phase.DECODE

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.figures import (
     Curves,
     Description,
@@ -26,6 +25,7 @@ from heedful.core.figures import (
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.positions import spread_heads
+from heedful.core.ranges import ProperShare, RoleName
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
 
@@ -83,14 +83,8 @@ class VisualHeads(Method):
         ),
     )
     one_text = True
-    role: str = "image"  # the name of the span
-    least: float = 0.1  # score of a visual head
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a span", "image")
-        if not 0 < self.least < 1:
-            raise FieldError(self, "least", self.least, "must lie between 0 and 1", 0.1)
+    role: RoleName = "image"  # the name of the span
+    least: ProperShare = 0.1  # score of a visual head
 
     def idle(self, call: Call) -> bool:
         return call.cross or self.role not in call.roles

@@ -6,17 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Weights
 from heedful.core.method import FitContext
 from heedful.core.paper import Paper
+from heedful.core.ranges import ProperShare
 
 GAUSSIAN = 1.2054  # the shape that Gaussian weights get, whatever their spread
 BINS = 1024
@@ -48,14 +49,9 @@ class WeibullWeights(Weights):
         ),
     )
     # what is fitted: "shape", "scale" and "r2", each [layers 4]: queries, keys, values, output
-    middle: float = 0.8  # share of the weights that the line is drawn through; the paper's default
-    sample: int | None = None  # weights of a matrix that are looked at, evenly spread; None: all, as in the paper
-
-    def __post_init__(self) -> None:
-        if self.sample is not None and self.sample < 1000:
-            raise FieldError(self, "sample", self.sample, "must be 1000 weights or more, or None for all", 50_000)
-        if not 0 < self.middle < 1:
-            raise FieldError(self, "middle", self.middle, "must be a share between 0 and 1", 0.8)
+    middle: ProperShare = 0.8  # share of the weights that the line is drawn through; the paper's default
+    # weights of a matrix that are looked at, evenly spread; None: all, as in the paper
+    sample: Annotated[int, Ge(1000)] | None = None
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]] = ()) -> Self:
         counted = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 
@@ -11,23 +11,18 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
 from heedful.core.method import Layer
+from heedful.core.ranges import Share
+from heedful.kit.head_search import Head
 
 
 class HeadPruner(Surgery, abstract=True):
     """Takes groups of heads out; with a key head each, a group is a head. `fit` finds how important each is."""
 
-    share: float = 0.2  # share of groups to drop, least important first
-    groups: tuple[tuple[int, int], ...] = ()  # (layer, key head) pairs to drop instead of a share
-    form: str = "even"  # where the share is taken from, and what becomes of it: "even", "uneven" or "zeros"
+    share: Share = 0.2  # share of groups to drop, least important first
+    groups: tuple[Head, ...] = ()  # (layer, key head) pairs to drop instead of a share
+    # where the share is taken from, and what becomes of it: "even", "uneven" or "zeros"
+    form: Literal["even", "uneven", "zeros"] = "even"
     importance: Fitted | None = None  # "LAYER" [g]
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie between 0 and 1", 0.2)
-        if any(len(pair) != 2 or min(pair) < 0 for pair in self.groups):
-            raise FieldError(self, "groups", self.groups, "must be pairs of layer and key head", ((0, 0),))
-        if self.form not in ("even", "uneven", "zeros"):
-            raise FieldError(self, "form", self.form, "must be 'even', 'uneven' or 'zeros'", "even")
 
     @classmethod
     def neutral(cls) -> Self:

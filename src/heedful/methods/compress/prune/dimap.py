@@ -14,6 +14,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
 from heedful.core.method import FitContext, Layer
 from heedful.core.paper import Paper
+from heedful.core.ranges import ShareBelowOne
 
 MODULES = ("qkv", "o")  # what goes into a head's attention, and what comes out: each is ranked over all layers
 
@@ -38,12 +39,8 @@ class DIMAP(Surgery):
             "In one shot; the paper trains for 30 epochs afterwards.",
         ),
     )
-    share: float = 0.5  # of each module's weights to set to zero; the paper: up to half of a model's
+    share: ShareBelowOne = 0.5  # of each module's weights to set to zero; the paper: up to half of a model's
     cuts: Fitted | None = None  # "qkv" and "o" []: the score up to which a module's weights go
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise FieldError(self, "share", self.share, "must be 0 or more, and below 1", 0.5)
 
     @classmethod
     def neutral(cls) -> DIMAP:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from torch import Tensor
 
-from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights, Surgery
 from heedful.core.method import Layer
 from heedful.core.paper import Paper
@@ -32,11 +32,7 @@ class MultiQueryAttention(Surgery):
             "Where query heads share key heads already, in groups, these become one.",
         ),
     )
-    form: str = "first"  # what becomes the one key head and value head: "first" or "mean"
-
-    def __post_init__(self) -> None:
-        if self.form not in ("first", "mean"):
-            raise FieldError(self, "form", self.form, "must be 'first' or 'mean'", "first")
+    form: Literal["first", "mean"] = "first"  # what becomes the one key head and value head: "first" or "mean"
 
     def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         if weights.kv_heads == 1:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.batches import at_least_one
 from heedful.kit.labels import labelled, loss_of
@@ -59,18 +59,10 @@ class SequentialAttention(HeadPruner):
     """
 
     paper = PAPER
-    at_once: int = 1  # groups that are chosen at each step; the paper: 1
-    epochs: int = 5  # passes over the batches before each choice
-    rate: float = 0.05  # Adam's, of logits
+    at_once: PositiveInt = 1  # groups that are chosen at each step; the paper: 1
+    epochs: PositiveInt = 5  # passes over the batches before each choice
+    rate: PositiveFloat = 0.05  # Adam's, of logits
     seed: int = 0  # of the first logits
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("at_once", "epochs"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", 1)
-        if not 0 < self.rate < float("inf"):
-            raise FieldError(self, "rate", self.rate, "must be above 0 and finite", 0.05)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SequentialAttention:
         shown = [labelled(batch) for batch in at_least_one(self, batches, {"labels": "..."})]

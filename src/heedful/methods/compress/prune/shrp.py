@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Layer, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
 from heedful.kit.feature_maps import drawn
@@ -85,18 +86,10 @@ class SHRP(HeadPruner):
     """
 
     paper = PAPER
-    units: int = 16  # of the inner layer of the net that refines what a token's head says
-    epochs: int = 10  # passes over the batches while the router learns
-    rate: float = 0.01  # Adam's
+    units: PositiveInt = 16  # of the inner layer of the net that refines what a token's head says
+    epochs: PositiveInt = 10  # passes over the batches while the router learns
+    rate: PositiveFloat = 0.01  # Adam's
     seed: int = 0  # of the first router
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("units", "epochs"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(SHRP, name))
-        if not 0 < self.rate < float("inf"):
-            raise FieldError(self, "rate", self.rate, "must be above 0 and finite", 0.01)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SHRP:
         shown, experts = [labelled(batch) for batch in batches], _Experts(self.units, self.seed)

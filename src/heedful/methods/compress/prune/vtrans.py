@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at, penalises
 from heedful.kit.batches import at_least_one
 from heedful.kit.labels import labelled, loss_of
@@ -71,19 +71,11 @@ class VTrans(HeadPruner):
     """
 
     paper = PAPER
-    epochs: int = 10  # passes over the batches
-    rate: float = 0.05  # Adam's, of means and log variances
-    beta: float = 1e-3  # weight of what passes, in nats, beside the model's loss
+    epochs: PositiveInt = 10  # passes over the batches
+    rate: PositiveFloat = 0.05  # Adam's, of means and log variances
+    beta: PositiveFloat = 1e-3  # weight of what passes, in nats, beside the model's loss
     seed: int = 0
     means: Fitted | None = None  # "LAYER" [g]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.epochs < 1:
-            raise FieldError(self, "epochs", self.epochs, "must be 1 or more", 10)
-        for name in ("rate", "beta"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise FieldError(self, name, getattr(self, name), "must be above 0 and finite", 1e-3)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> VTrans:
         shown = [labelled(batch) for batch in at_least_one(self, batches, {"labels": "..."})]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call
@@ -46,13 +47,8 @@ class Calibrated(Quantiser, abstract=True):
     """
 
     turns: ClassVar[tuple[str, ...]] = ("qkv", "o")  # which of a layer's projections are rounded at once
-    bits: int = 3  # of a weight
+    bits: Annotated[int, Interval(ge=2, le=8)] = 3  # of a weight
     found: Fitted | None = field(default=None, kw_only=True)  # "LAYER.LETTER" [o i]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.bits <= 8:
-            raise FieldError(self, "bits", self.bits, "must lie between 2 and 8", 3)
 
     @classmethod
     def neutral(cls) -> Self:

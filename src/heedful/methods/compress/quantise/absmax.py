@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated, Literal
 
+from annotated_types import Interval
 from torch import Tensor
 
-from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import Layer
 from heedful.kit.rounding import Rounding
@@ -29,15 +30,8 @@ class Absmax(Quantiser):
             "Any number of bits from 2 to 8; the paper has 8.",
         ),
     )
-    bits: int = 8  # of a weight; the paper has 8
-    share: str = "row"  # what has one scale: "row" or "matrix"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.bits <= 8:
-            raise FieldError(self, "bits", self.bits, "must lie between 2 and 8", 8)
-        if self.share not in ("row", "matrix"):
-            raise FieldError(self, "share", self.share, "must be 'row' or 'matrix'", "row")
+    bits: Annotated[int, Interval(ge=2, le=8)] = 8  # of a weight; the paper has 8
+    share: Literal["row", "matrix"] = "row"  # what has one scale: "row" or "matrix"
 
     @classmethod
     def neutral(cls) -> Absmax:

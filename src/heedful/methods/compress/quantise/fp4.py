@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,13 +46,8 @@ class FP4(Quantiser):
             "The projections of attention; its claim rounds the feed-forward part by the same function.",
         ),
     )
-    form: str = "nvfp4"  # "nvfp4" or "mxfp4"
+    form: Literal["nvfp4", "mxfp4"] = "nvfp4"  # "nvfp4" or "mxfp4"
     rises: Fitted | None = None  # "projections" [as many as named], "layers" [layers]: nats that the loss rises
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form not in BLOCKS:
-            raise FieldError(self, "form", self.form, "must be 'nvfp4' or 'mxfp4'", "nvfp4")
 
     @classmethod
     def neutral(cls) -> FP4:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
+from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Method
+from heedful.core.ranges import NonNegativeFloat
 from heedful.core.sites import Site, at
 from heedful.kit.rounding import Rounding
 from heedful.methods.compress.quantise._int8 import PAPER
@@ -35,14 +37,8 @@ class LLMInt8(Method):
     one_text = True
     causal = False
     chunk_invariant = False
-    threshold: float = 6.0  # magnitude of an outlier; the paper's; 0: every column is left as it is
-    bits: int = 8  # of an input; the paper has 8
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold < float("inf"):
-            raise FieldError(self, "threshold", self.threshold, "must be 0 or more and finite", 6.0)
-        if not 2 <= self.bits <= 8:
-            raise FieldError(self, "bits", self.bits, "must lie between 2 and 8", 8)
+    threshold: NonNegativeFloat = 6.0  # magnitude of an outlier; the paper's; 0: every column is left as it is
+    bits: Annotated[int, Interval(ge=2, le=8)] = 8  # of an input; the paper has 8
 
     @classmethod
     def neutral(cls) -> LLMInt8:

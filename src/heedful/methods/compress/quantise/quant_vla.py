@@ -16,6 +16,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
 from heedful.kit.batches import at_least_one
@@ -51,15 +52,13 @@ class QuantVLA(Surgery):
     quantiser: Surgery = Absmax(4)  # what rounds
     scales: Fitted | None = None  # "LAYER" [h + 1]: of each head's scores, and of the output
     scores: tuple[float, float] = (0.7, 1.4)  # the least and the largest scale of a head's scores; the authors' code
-    reach: float = 0.3  # how far from 0 the logarithm of an output's scale may lie; the authors' code
+    reach: NonNegativeFloat = 0.3  # how far from 0 the logarithm of an output's scale may lie; the authors' code
     near: tuple[float, float] = (0.02, 0.03)  # what scores' scales, and outputs' logarithms, must differ by to count
 
     def __post_init__(self) -> None:
         if len(self.scores) != 2 or not 0 < self.scores[0] <= 1 <= self.scores[1] < math.inf:
             rule = "must be a scale above 0 and up to 1, and one from 1 up"
             raise FieldError(self, "scores", self.scores, rule, (0.7, 1.4))
-        if not 0 <= self.reach < math.inf:
-            raise FieldError(self, "reach", self.reach, "must be 0 or more, and finite", 0.3)
         if len(self.near) != 2 or not all(0 <= x < math.inf for x in self.near):
             raise FieldError(self, "near", self.near, "must be two distances of 0 or more", (0.02, 0.03))
 

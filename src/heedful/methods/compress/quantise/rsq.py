@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare
 from heedful.core.stats import Cat
 from heedful.core.summary import Summary, sums
 from heedful.kit.rounding import Rounding, above_zero, compensated, damped, inverse_root
@@ -59,13 +59,9 @@ class RSQ(Calibrated):
     """
 
     paper = PAPER
-    least: float = 0.005  # r_min, of the token with the least attention; the authors search from 0.005 to 0.1; 1: GPTQ
+    # r_min, of the token with the least attention; the authors search from 0.005 to 0.1; 1: GPTQ
+    least: PositiveShare = 0.005
     seed: int = 0  # of the signs that the turn draws
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.least <= 1:
-            raise FieldError(self, "least", self.least, "must be above 0, and 1 at most", 0.005)
 
     def learned(self, lesson: Lesson) -> dict[str, Tensor]:
         inputs = HANDED_ON if "o" in lesson.letters else SHOWN

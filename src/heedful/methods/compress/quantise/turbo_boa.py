@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt, Share
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Sum
 from heedful.kit.rounding import Rounding, compensated, damped, inverse_root
@@ -55,19 +57,10 @@ class TurboBoA(Calibrated):
 
     paper = PAPER
     turns = ("qkvo",)
-    bits: int = 2  # of a weight
-    rows: int = 16  # N, outputs of a head that are rounded together
-    lack: float = 0.25  # alpha, how much of what inputs lack is made up for
-    refinements: int = 1  # passes over all steps in the end; 0: none
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rows < 1:
-            raise FieldError(self, "rows", self.rows, "must be 1 or more", 16)
-        if not 0 <= self.lack <= 1:
-            raise FieldError(self, "lack", self.lack, "must lie between 0 and 1", 0.25)
-        if self.refinements < 0:
-            raise FieldError(self, "refinements", self.refinements, "must be 0 or more", 1)
+    bits: Annotated[int, Interval(ge=2, le=8)] = 2  # of a weight
+    rows: PositiveInt = 16  # N, outputs of a head that are rounded together
+    lack: Share = 0.25  # alpha, how much of what inputs lack is made up for
+    refinements: NonNegativeInt = 1  # passes over all steps in the end; 0: none
 
     def learned(self, lesson: Lesson) -> dict[str, Tensor]:
         size, found = lesson.layer, {}

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, doc
 from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
+from heedful.core.ranges import NonNegativeFloat, Share
 from heedful.core.sites import Site, penalises
 
 SIGMA = 0.5  # of the smoothing over a picture's places
 LITTLE = 1e-8  # beside the height of a map, which may be 0
+
+
+_Side = Annotated[int, Ge(2)]
+PictureGrid = Annotated[tuple[_Side, _Side], doc("must be rows and columns, each 2 or more")]
 
 
 class MapLoss(Method, abstract=True):
@@ -58,16 +65,9 @@ class Guidance(MapLoss, abstract=True):
     Its sum over a batch's pictures is taken, so that each moves as it would alone.
     """
 
-    rate: float = 20.0  # of the move at first; it falls to the root of a half of it; the authors: 20
-    until: float = 0.5  # share of the steps after which nothing moves
-    grid: tuple[int, int] | None = None  # rows and columns of the picture, for maps to be smoothed; None: they are not
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rate < float("inf"):
-            raise FieldError(self, "rate", self.rate, "must be 0 or more and finite", 20.0)
-        if not 0 <= self.until <= 1:
-            raise FieldError(self, "until", self.until, "must be a share from 0 to 1", 0.5)
-        require_grid(self, self.grid)
+    rate: NonNegativeFloat = 20.0  # of the move at first; it falls to the root of a half of it; the authors: 20
+    until: Share = 0.5  # share of the steps after which nothing moves
+    grid: PictureGrid | None = None  # rows and columns of the picture, for maps to be smoothed; None: they are not
 
     def shared(self, maps: Tensor, words: Tensor, sharpness: float) -> Tensor:
         """What words `[b|1 k]` win of each place from one another, smoothed."""
@@ -80,11 +80,6 @@ class Guidance(MapLoss, abstract=True):
             return x.detach()
         (slope,) = torch.autograd.grad(loss, x)
         return (x - self.rate * math.sqrt(1 - number / max(1, of - 1) / 2) * slope).detach()
-
-
-def require_grid(owner: object, grid: tuple[int, int] | None) -> None:
-    if grid is not None and min(grid) < 2:
-        raise FieldError(owner, "grid", grid, "must be rows and columns, each 2 or more", (16, 16))
 
 
 def smoothed(owner: object, maps: Tensor, grid: tuple[int, int] | None) -> Tensor:

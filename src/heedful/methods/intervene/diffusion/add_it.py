@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.authoring import Call, Cat, FieldError, FitContext, Fitted, Method, Paper, Readings, Site, at, reads
+from heedful.authoring import (
+    Call,
+    Cat,
+    FieldError,
+    FitContext,
+    Fitted,
+    Method,
+    Paper,
+    PositiveFloat,
+    Readings,
+    Share,
+    Site,
+    at,
+    reads,
+)
 from heedful.kit.running import wide
 from heedful.kit.scores import scores_of
 from heedful.kit.seen import softmax_over
@@ -47,16 +61,10 @@ class AddIt(Method):
         ),
     )
     subjects = ("image",)
-    scale: float | None = 1.05  # of the new picture's own keys; None: so that both pictures are given as much
-    until: float = 1 / 3  # share of the steps that see the scene; the authors: a third, and two in single-stream layers
+    scale: PositiveFloat | None = 1.05  # of the new picture's own keys; None: so that both pictures are given as much
+    until: Share = 1 / 3  # share of the steps that see the scene; the authors: a third, and two in single-stream layers
     role: str = ""  # which of the scene's tokens are seen; "": all
     source: Fitted | None = None  # "key.LAYER.STEP", "value.LAYER.STEP" [b|1 g n d], from a fit; None: no scene
-
-    def __post_init__(self) -> None:
-        if self.scale is not None and not 0 < self.scale < float("inf"):
-            raise FieldError(self, "scale", self.scale, "must be above 0 and finite, or None", 1.05)
-        if not 0 <= self.until <= 1:
-            raise FieldError(self, "until", self.until, "must be a share from 0 to 1", 1 / 3)
 
     @classmethod
     def neutral(cls) -> AddIt:

@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName, ShareBelowOne
 from heedful.kit.batches import read, with_roles
 from heedful.kit.seeds import seed_of
 from heedful.methods.intervene.diffusion._map_loss import MapLoss, levelled
@@ -46,19 +47,11 @@ class AttenCraft(MapLoss):
     """
 
     paper = PAPER
-    weight: float = 1.0  # beside the model's loss; the authors: 1
-    threshold: float = 0.1  # by how much a concept must be ahead of all others in its places; the authors: 0.1
-    role: str = "concepts"  # the words of concepts, a span each
+    weight: NonNegativeFloat = 1.0  # beside the model's loss; the authors: 1
+    threshold: ShareBelowOne = 0.1  # by how much a concept must be ahead of all others in its places; the authors: 0.1
+    role: RoleName = "concepts"  # the words of concepts, a span each
     masks: Fitted | None = None  # "masks" [b c n]
     seed: int | None = None  # without a fit: random masks, as a control
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise FieldError(self, "weight", self.weight, "must be 0 or more and finite", 1.0)
-        if not 0 <= self.threshold < 1:
-            raise FieldError(self, "threshold", self.threshold, "must be 0 or more, and below 1", 0.1)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "concepts")
 
     @classmethod
     def neutral(cls) -> AttenCraft:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, RoleName
 from heedful.methods.intervene.diffusion._map_loss import Guidance
 
 
@@ -30,16 +30,9 @@ class AttendAndExcite(Guidance):
             "The pictures of a batch are moved together; the authors' code takes one at a time.",
         ),
     )
-    role: str = "subjects"  # the words that must not be left out, each for itself
+    role: RoleName = "subjects"  # the words that must not be left out, each for itself
     text: str = ""  # the words that share the places; "": all; the authors: without the first and the last token
-    sharpness: float = 100.0  # of that sharing; the authors: 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "subjects")
-        if not 0 < self.sharpness < float("inf"):
-            raise FieldError(self, "sharpness", self.sharpness, "must be above 0 and finite", 100.0)
+    sharpness: PositiveFloat = 100.0  # of that sharing; the authors: 100
 
     @classmethod
     def example(cls) -> AttendAndExcite:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, RoleName, Share
 from heedful.core.sites import Site, at
 
 
@@ -60,22 +60,11 @@ class AttentiveEraser(Decode):
             "early.",
         ),
     )
-    role: str = "marked"  # the places of what is to go, among the tokens of self-attention
+    role: RoleName = "marked"  # the places of what is to go, among the tokens of self-attention
     s: float = 9.0  # how far the guidance goes; the authors: 9; 0 changes nothing, 1 is the redirected run alone
-    u: float = 0.3  # factor on marked queries' scores in early steps; the authors: 0.3
-    early: float = 0.25  # share of the steps that are early; the authors: 10 of 40
-    layers: tuple[int, ...] = ()  # that look away; none: all; the authors: from the middle of a U-Net on
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "marked")
-        if not abs(self.s) < float("inf"):
-            raise FieldError(self, "s", self.s, "must be finite", 9.0)
-        for name in ("u", "early"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FieldError(self, name, getattr(self, name), "must lie from 0 to 1", 0.3)
-        if min(self.layers, default=0) < 0:
-            raise FieldError(self, "layers", self.layers, "must be numbers from 0 up", (2, 3))
+    u: Share = 0.3  # factor on marked queries' scores in early steps; the authors: 0.3
+    early: Share = 0.25  # share of the steps that are early; the authors: 10 of 40
+    layers: tuple[NonNegativeInt, ...] = ()  # that look away; none: all; the authors: from the middle of a U-Net on
 
     @classmethod
     def neutral(cls) -> AttentiveEraser:

@@ -9,6 +9,7 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat
 from heedful.methods.intervene.diffusion._map_loss import Guidance, smoothed
 
 
@@ -36,14 +37,12 @@ class CONFORM(Guidance):
         ),
     )
     groups: tuple[str, ...] = ("first", "second")  # roles, each the words of one thing
-    temperature: float = 0.5  # T; the authors: 0.5
+    temperature: PositiveFloat = 0.5  # T; the authors: 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(set(self.groups)) < 2 or len(set(self.groups)) < len(self.groups):
             raise FieldError(self, "groups", self.groups, "must name two or more roles", ("first", "second"))
-        if not 0 < self.temperature < float("inf"):
-            raise FieldError(self, "temperature", self.temperature, "must be above 0 and finite", 0.5)
 
     @classmethod
     def example(cls) -> CONFORM:

@@ -10,7 +10,8 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
-from heedful.methods.intervene.diffusion._map_loss import MapLoss, levelled, require_grid, smoothed
+from heedful.core.ranges import NonNegativeFloat
+from heedful.methods.intervene.diffusion._map_loss import MapLoss, PictureGrid, levelled, smoothed
 
 ONE = 1.0  # beside both areas, as the authors have it
 
@@ -37,15 +38,12 @@ class DisenDiff(MapLoss):
         ),
     )
     things: tuple[str, ...] = ("first", "second")  # roles, each of a new word and of the word for its kind
-    weight: float = 0.01  # beside the loss of what is denoised; the authors: 0.01
-    grid: tuple[int, int] | None = None  # rows and columns of the picture, for maps to be smoothed; None: they are not
+    weight: NonNegativeFloat = 0.01  # beside the loss of what is denoised; the authors: 0.01
+    grid: PictureGrid | None = None  # rows and columns of the picture, for maps to be smoothed; None: they are not
 
     def __post_init__(self) -> None:
         if len(set(self.things)) < 2 or len(set(self.things)) < len(self.things):
             raise FieldError(self, "things", self.things, "must name two or more roles", ("first", "second"))
-        if not 0 <= self.weight < float("inf"):
-            raise FieldError(self, "weight", self.weight, "must be 0 or more and finite", 0.01)
-        require_grid(self, self.grid)
 
     @classmethod
     def example(cls) -> DisenDiff:

@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, FitContext, Fitted, Method, Paper, Site, penalises, reads
+from heedful.authoring import (
+    Call,
+    FieldError,
+    FitContext,
+    Fitted,
+    Method,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Paper,
+    Site,
+    penalises,
+    reads,
+)
 from heedful.core.stats import Cat
 from heedful.kit.batches import at_least_one
 from heedful.kit.seeds import seed_of
@@ -42,18 +54,14 @@ class HASTE(Method):
         ),
     )
     whole_map = True
-    weight: float = 0.5  # beside the model's loss; the authors: 0.5
-    until: int = 250_000  # steps after which nothing is aligned; the authors: 250,000
+    weight: NonNegativeFloat = 0.5  # beside the model's loss; the authors: 0.5
+    until: NonNegativeInt = 250_000  # steps after which nothing is aligned; the authors: 250,000
     layers: tuple[int, ...] = (4, 5, 6, 7)  # of the student; the authors, of SiT-XL/2: these
     behind: int = 4  # layers that the teacher's map comes later; the authors, with DINOv2-B: 4
     maps: Fitted | None = None  # "BATCH.LAYER" [b h n n], and "batches", from a fit
     seed: int | None = None  # without a fit: random maps, as a control
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise FieldError(self, "weight", self.weight, "must be 0 or more and finite", 0.5)
-        if self.until < 0:
-            raise FieldError(self, "until", self.until, "must be 0 or more steps", 250_000)
         if not self.layers or min(self.layers) < 0:
             raise FieldError(self, "layers", self.layers, "must be one or more layers", (4, 5, 6, 7))
         if min(self.layers) + self.behind < 0:

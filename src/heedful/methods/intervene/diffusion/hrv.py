@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import RoleName
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
 from heedful.kit.batches import read
@@ -47,17 +48,13 @@ class HRV(Method):
         ),
     )
     subjects = ("cross",)
-    role: str = "marked"  # the words whose maps are rescaled
+    role: RoleName = "marked"  # the words whose maps are rescaled
     factor: float = -2.0  # on their maps in every head, without a fit; the authors' weakening: -2
     concept: str = ""  # whose relevance rescales; with `relevance`
     against: str = ""  # the concept that is not meant: factors are twice those of `concept` less these; none: ""
     relevance: Fitted | None = None  # <concept>.<layer> [h], from a fit: 1 on average over all heads
 
     def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "marked")
-        if not abs(self.factor) < float("inf"):
-            raise FieldError(self, "factor", self.factor, "must be finite", -2.0)
         known = {name.rpartition(".")[0] for name in self.relevance or ()}
         for name in ("concept", "against"):
             if self.relevance is not None and (name == "concept" or self.against) and getattr(self, name) not in known:

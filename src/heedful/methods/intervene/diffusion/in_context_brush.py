@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, Method, NonNegativeFloat, Paper, RoleName, Site, at
 
 
 class InContextBrush(Method):
@@ -36,19 +36,12 @@ class InContextBrush(Method):
     whole_map = True
     causal = False
     chunk_invariant = False
-    shift: float = 0.3  # more of what comes from subject and prompt; the authors: 0.3
-    boost: float = 0.2  # of the head that looks hardest at the prompt; none of that which does least; the authors: 0.2
-    target: str = "target"  # the picture that is made
-    subject: str = "subject"  # the picture that shows the subject
-    prompt: str = "prompt"  # the words
-
-    def __post_init__(self) -> None:
-        for name in ("shift", "boost"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more and finite", 0.2)
-        for name in ("target", "subject", "prompt"):
-            if not getattr(self, name):
-                raise FieldError(self, name, getattr(self, name), "must name a role", name)
+    shift: NonNegativeFloat = 0.3  # more of what comes from subject and prompt; the authors: 0.3
+    # of the head that looks hardest at the prompt; none of that which does least; the authors: 0.2
+    boost: NonNegativeFloat = 0.2
+    target: RoleName = "target"  # the picture that is made
+    subject: RoleName = "subject"  # the picture that shows the subject
+    prompt: RoleName = "prompt"  # the words
 
     @classmethod
     def neutral(cls) -> InContextBrush:

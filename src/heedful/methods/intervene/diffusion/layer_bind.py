@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Method, NonNegativeInt, Paper, Share, Site, at
 
 
 class LayerBind(Method):
@@ -42,20 +42,17 @@ class LayerBind(Method):
     regions: tuple[str, ...] = ("back", "front")  # roles of the things' places, from the farthest to the nearest
     words: tuple[str, ...] = ("back words", "front words")  # roles of the words for each
     prompt: str = "prompt"  # the role of all words, in joint attention
-    binding: float = 0.2  # share of the steps in which a thing has its own words alone; the authors, FLUX: 0.2
-    until: float = 0.7  # share of the steps after which nothing is done; the authors: 0.7
-    opacity: float = 0.7  # of the layers in between; the authors: 0.7
-    hard: tuple[int, ...] = ()  # layers in which, while it binds, a thing sees itself and its words; of joint attention
+    binding: Share = 0.2  # share of the steps in which a thing has its own words alone; the authors, FLUX: 0.2
+    until: Share = 0.7  # share of the steps after which nothing is done; the authors: 0.7
+    opacity: Share = 0.7  # of the layers in between; the authors: 0.7
+    hard: tuple[
+        NonNegativeInt, ...
+    ] = ()  # layers in which, while it binds, a thing sees itself and its words; of joint attention
 
     def __post_init__(self) -> None:
         if not self.regions or len(self.regions) != len(self.words):
             rule = f"must name as many roles as regions, {len(self.regions)}, and one or more"
             raise FieldError(self, "words", self.words, rule, ("back words", "front words"))
-        if any(layer < 0 for layer in self.hard):
-            raise FieldError(self, "hard", self.hard, "must be layers, counted from 0", (0, 1))
-        for name in ("binding", "until", "opacity"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FieldError(self, name, getattr(self, name), "must be a share from 0 to 1", 0.7)
 
     @classmethod
     def neutral(cls) -> LayerBind:

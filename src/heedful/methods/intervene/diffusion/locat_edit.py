@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName, Share
 from heedful.methods.intervene.diffusion._refined import Refined
 
 
@@ -33,21 +33,11 @@ class LOCATEdit(Refined):
         ),
     )
     chunk_invariant = False  # self- and cross-attention must tell of the same places, which are all in one call
-    role: str = "marked"  # the words that change, among the keys of cross-attention
-    evenness: float = 0.78  # lambda; 0 leaves the map as it is; the authors: 0.78
-    steepness: float = 2.61  # of a place's say, W = sigmoid(steepness (m0 - middle))^2; the authors: 2.61
-    middle: float = 0.4858  # where a place has a quarter of its say; the authors: 0.4858
-    threshold: float = 0.3  # of the mask, from the lowest place to the highest; the authors: 0.3
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "marked")
-        for name in ("evenness", "steepness"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more and finite", 0.78)
-        for name in ("middle", "threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FieldError(self, name, getattr(self, name), "must lie from 0 to 1", 0.3)
+    role: RoleName = "marked"  # the words that change, among the keys of cross-attention
+    evenness: NonNegativeFloat = 0.78  # lambda; 0 leaves the map as it is; the authors: 0.78
+    steepness: NonNegativeFloat = 2.61  # of a place's say, W = sigmoid(steepness (m0 - middle))^2; the authors: 2.61
+    middle: Share = 0.4858  # where a place has a quarter of its say; the authors: 0.4858
+    threshold: Share = 0.3  # of the mask, from the lowest place to the highest; the authors: 0.3
 
     def words(self, mean: Tensor, call: Call) -> Tensor:
         return (mean * call.marked(self.role)[:, 0, None]).sum(-1)  # [b n]

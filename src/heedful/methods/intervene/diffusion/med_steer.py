@@ -16,6 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean
 from heedful.kit.seeds import seed_of
@@ -43,13 +44,9 @@ class MedSteer(Method):
         ),
     )
     subjects = ("cross",)
-    strength: float = 2.0  # s; 1 takes the concept's share away, 2 turns it round; the authors' code: 2
+    strength: NonNegativeFloat = 2.0  # s; 1 takes the concept's share away, 2 turns it round; the authors' code: 2
     vectors: Fitted | None = None  # "v.LAYER.STEP" [e], of length 1, from a fit
     seed: int | None = None  # draw random vectors in place of fitted ones: the control that any steering needs
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength < float("inf"):
-            raise FieldError(self, "strength", self.strength, "must be 0 or more and finite", 2.0)
 
     @classmethod
     def neutral(cls) -> MedSteer:

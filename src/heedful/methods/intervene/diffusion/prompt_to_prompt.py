@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import Share
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
 
@@ -45,15 +46,10 @@ class PromptToPrompt(Method):
     )
     whole_map = True
     subjects = ("cross",)
-    cross: float = 0.8  # share of the steps whose cross-attention is the first picture's; the authors: 0.8
-    inner: float = 0.4  # the same of self-attention; the authors: 0.4
+    cross: Share = 0.8  # share of the steps whose cross-attention is the first picture's; the authors: 0.8
+    inner: Share = 0.4  # the same of self-attention; the authors: 0.4
     role: str = ""  # the words whose maps are the first picture's; "": all
     maps: Fitted | None = None  # "LAYER.STEP" [b|1 h n k], from a fit; None: even weights, as a control
-
-    def __post_init__(self) -> None:
-        for name in ("cross", "inner"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FieldError(self, name, getattr(self, name), "must be a share from 0 to 1", 0.4)
 
     @classmethod
     def neutral(cls) -> PromptToPrompt:

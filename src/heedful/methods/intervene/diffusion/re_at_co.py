@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveShare, RoleName
 from heedful.methods.intervene.diffusion._map_loss import Guidance
 
 
@@ -33,21 +33,11 @@ class ReAtCo(Guidance):
             "A box or its outside of less than five places counts its highest one.",
         ),
     )
-    role: str = "thing"  # the words whose maps go into the box, each for itself
-    box: str = "box"  # the places that it is
+    role: RoleName = "thing"  # the words whose maps go into the box, each for itself
+    box: RoleName = "box"  # the places that it is
     text: str = ""  # the words that share the places; "": all; the authors: without the first and the last token
-    sharpness: float = 100.0  # of that sharing; the authors: 100
-    share: float = 0.2  # of the places of the box, and of those outside, that count; the authors: 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("role", "box"):
-            if not getattr(self, name):
-                raise FieldError(self, name, getattr(self, name), "must name a role", name)
-        if not 0 < self.sharpness < float("inf"):
-            raise FieldError(self, "sharpness", self.sharpness, "must be above 0 and finite", 100.0)
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must be above 0 and at most 1", 0.2)
+    sharpness: PositiveFloat = 100.0  # of that sharing; the authors: 100
+    share: PositiveShare = 0.2  # of the places of the box, and of those outside, that count; the authors: 0.2
 
     @classmethod
     def example(cls) -> ReAtCo:

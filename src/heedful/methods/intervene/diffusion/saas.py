@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, RoleName, Share
 from heedful.core.regions import Region, by_text, numbers
 from heedful.core.sites import Site, at
 
@@ -48,23 +52,15 @@ class SaaS(Method):
     whole_map = True
     causal = False
     chunk_invariant = False
-    scale: float = 1.0  # beside the factor that is found; the authors: 1
-    until: float = 0.4  # share of the steps up to which is scaled; the authors: 20 of 50
-    blur: float = 1.0  # of the maps, in places; 0 leaves them as they are; the authors: 1
-    source: str = "source"  # the picture that is given
-    target: str = "target"  # the picture that is made
+    scale: PositiveFloat = 1.0  # beside the factor that is found; the authors: 1
+    until: Share = 0.4  # share of the steps up to which is scaled; the authors: 20 of 50
+    # of the maps, in places; 0 leaves them as they are; the authors: 1
+    blur: Annotated[float, Interval(ge=0, le=16)] = 1.0
+    source: RoleName = "source"  # the picture that is given
+    target: RoleName = "target"  # the picture that is made
     instructions: tuple[str, ...] = ("first", "second")  # the words of each
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise FieldError(self, "scale", self.scale, "must be above 0 and finite", 1.0)
-        if not 0 <= self.until <= 1:
-            raise FieldError(self, "until", self.until, "must be a share from 0 to 1", 0.4)
-        if not 0 <= self.blur <= 16:
-            raise FieldError(self, "blur", self.blur, "must lie from 0 to 16 places", 1.0)
-        for name in ("source", "target"):
-            if not getattr(self, name):
-                raise FieldError(self, name, getattr(self, name), "must name a role", name)
         if not self.instructions or "" in self.instructions:
             raise FieldError(self, "instructions", self.instructions, "must name one role or more", ("first", "second"))
 

@@ -14,8 +14,9 @@ from heedful.core.errors import FieldError
 from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
 from heedful.core.method import FitContext, Method, Stack
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, Share
 from heedful.core.sites import Site, at
-from heedful.kit.head_search import Head, require_heads
+from heedful.kit.head_search import Head
 from heedful.methods.intervene.language._task import next_logits
 
 _PAPER = Paper(
@@ -65,23 +66,12 @@ class SoftPAG(Decode):
 
     paper = _PAPER
     denoises = True
-    heads: Heads = ()  # (layer, head) pairs to perturb; none: every head
-    u: float = 0.5  # how far towards identity, 0 to 1; 1 is the older PAG; the authors find the best below 1
+    heads: tuple[Head, ...] = ()  # (layer, head) pairs to perturb; none: every head
+    u: Share = 0.5  # how far towards identity, 0 to 1; 1 is the older PAG; the authors find the best below 1
     w: float = 1.0  # how much of the difference is added; 0 changes nothing; the authors' code: 3
-    rounds: int = 3  # of a hunt; the authors: 5 for a style, 1 for quality
-    each: int = 1  # heads that a round takes; the authors: 3 and 24 of 576
-    among: Heads = ()  # heads that may be taken; none: every head, one forward of a fit for each and round
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.u <= 1:
-            raise FieldError(self, "u", self.u, "must lie from 0 to 1", 0.5)
-        if not abs(self.w) < float("inf"):
-            raise FieldError(self, "w", self.w, "must be finite", 1.0)
-        for name in ("rounds", "each"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", 1)
-        for name in ("heads", "among"):
-            require_heads(self, getattr(self, name), name)
+    rounds: PositiveInt = 3  # of a hunt; the authors: 5 for a style, 1 for quality
+    each: PositiveInt = 1  # heads that a round takes; the authors: 3 and 24 of 576
+    among: tuple[Head, ...] = ()  # heads that may be taken; none: every head, one forward of a fit for each and round
 
     @classmethod
     def neutral(cls) -> SoftPAG:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName
 from heedful.methods.intervene.diffusion._map_loss import MapLoss, levelled
 
 
@@ -32,18 +32,10 @@ class TextualLocalization(MapLoss):
             "pictures of the class that keep what is known.",
         ),
     )
-    weight: float = 1.0  # beside the loss of what is denoised; the authors: 1, shared among words
-    role: str = "word"  # the new word, or words
-    mask: str = "mask"  # the places of its thing, among the queries
-    inside: float = 1.0  # say of the places in the mask; 1 is the authors' hard guidance, 0 the soft one
-
-    def __post_init__(self) -> None:
-        for name in ("role", "mask"):
-            if not getattr(self, name):
-                raise FieldError(self, name, getattr(self, name), "must name a role", name)
-        for name in ("weight", "inside"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more and finite", 1.0)
+    weight: NonNegativeFloat = 1.0  # beside the loss of what is denoised; the authors: 1, shared among words
+    role: RoleName = "word"  # the new word, or words
+    mask: RoleName = "mask"  # the places of its thing, among the queries
+    inside: NonNegativeFloat = 1.0  # say of the places in the mask; 1 is the authors' hard guidance, 0 the soft one
 
     @classmethod
     def example(cls) -> TextualLocalization:

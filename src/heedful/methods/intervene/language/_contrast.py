@@ -160,10 +160,6 @@ class AddsVector(Method, abstract=True):
     vectors: Fitted | None = None  # "v.LAYER" [e], from a fit
     seed: int | None = None  # draw random vectors in place of fitted ones: the control that any steering needs
 
-    def __post_init__(self) -> None:
-        if not abs(self.strength) < float("inf"):
-            raise FieldError(self, "strength", self.strength, "must be finite", 1.0)
-
     @classmethod
     def neutral(cls) -> Self:
         return cls(strength=0.0)

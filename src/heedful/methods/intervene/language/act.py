@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt, Share
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.stats import Sum
 from heedful.core.summary import Summary, sums
 from heedful.kit.batches import Batch, at_least_one
-from heedful.kit.head_search import Head, gains, heads_here, require_heads
+from heedful.kit.head_search import Head, gains, heads_here
 
 
 class ACT(Method):
@@ -47,22 +47,12 @@ class ACT(Method):
     one_text = True
     causal = False  # a column's mean, and so what every row gives away, depends on later rows
     chunk_invariant = False  # only the call that reads the prompt is calibrated, by its own rows
-    beta: float = 0.4  # share of a sink's weight that it keeps, 0 to 1; the authors' code: 0.4
-    threshold: float = 0.1  # mean weight that a sink receives from a row; the authors' code: 0.1
-    ratio: float | None = None  # if given, the threshold is ratio / number of tokens; the paper's text: 5
-    tries: int | None = 8  # heads that a fit tries, those with the most inner sinks; the authors: None, every one
+    beta: Share = 0.4  # share of a sink's weight that it keeps, 0 to 1; the authors' code: 0.4
+    threshold: Share = 0.1  # mean weight that a sink receives from a row; the authors' code: 0.1
+    ratio: PositiveFloat | None = None  # if given, the threshold is ratio / number of tokens; the paper's text: 5
+    # heads that a fit tries, those with the most inner sinks; the authors: None, every one
+    tries: PositiveInt | None = 8
     heads: tuple[Head, ...] | None = None  # (layer, head) pairs that a fit chose; None: every head
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise FieldError(self, "beta", self.beta, "must lie from 0 to 1", 0.4)
-        if not 0 <= self.threshold <= 1:
-            raise FieldError(self, "threshold", self.threshold, "must lie from 0 to 1", 0.1)
-        if self.ratio is not None and not self.ratio > 0:
-            raise FieldError(self, "ratio", self.ratio, "must be above 0, or None", 5.0)
-        if self.tries is not None and self.tries < 1:
-            raise FieldError(self, "tries", self.tries, "must be 1 or more heads, or None", 8)
-        require_heads(self, self.heads or ())
 
     @classmethod
     def neutral(cls) -> ACT:

@@ -15,8 +15,9 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at
-from heedful.kit.head_search import Head, heads_here, require_heads
+from heedful.kit.head_search import Head, heads_here
 from heedful.kit.seeds import seed_of
 
 
@@ -42,20 +43,12 @@ class ASGuard(Method):
             "the projection's output, cut into as many pieces as there are heads.",
         ),
     )
-    count: int = 11  # heads that a fit takes; the authors' Llama-3.1-8B: 11
-    epochs: int = 3  # passes over the attacks, a batch a step; the authors' code: 3
-    rate: float = 1e-3  # AdamW's, its weight decay being 0.01; the authors' code: 1e-3, their script: 0.05
+    count: PositiveInt = 11  # heads that a fit takes; the authors' Llama-3.1-8B: 11
+    epochs: PositiveInt = 3  # passes over the attacks, a batch a step; the authors' code: 3
+    rate: PositiveFloat = 1e-3  # AdamW's, its weight decay being 0.01; the authors' code: 1e-3, their script: 0.05
     heads: tuple[Head, ...] = ()  # (layer, head) pairs to scale in place of found ones
     scales: Fitted | None = None  # "s.LAYER" [h d], 1 in heads that were not taken, from a fit
     seed: int | None = None  # without a fit: random scales from 0 to 2 in every head
-
-    def __post_init__(self) -> None:
-        for name in ("count", "epochs"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", 3)
-        if not 0 < self.rate < float("inf"):
-            raise FieldError(self, "rate", self.rate, "must be above 0 and finite", 1e-3)
-        require_heads(self, self.heads)
 
     @classmethod
     def neutral(cls) -> ASGuard:

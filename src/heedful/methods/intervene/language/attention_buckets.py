@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 
 from heedful.core.call import Call
@@ -63,13 +65,11 @@ class AttentionBuckets(Decode):
     """Decodes from several runs of one prompt, each with a rotary base of its own, the surer runs counting for more."""
 
     paper = _PAPER
-    base: float = 10000.0  # the base that the model was trained with; Llama 2: 10000
+    base: Annotated[float, Gt(1)] = 10000.0  # the base that the model was trained with; Llama 2: 10000
     bases: tuple[float, ...] = (10000.0, 17500.0, 18000.0, 19000.0, 20000.0, 25000.0)  # the authors' code, tool use
     rotary: int | None = None  # how many of a head's dimensions are turned; None: all
 
     def __post_init__(self) -> None:
-        if not self.base > 1:
-            raise FieldError(self, "base", self.base, "must be above 1", 10000.0)
         if not self.bases or len(set(self.bases)) < len(self.bases) or min(self.bases) <= 1:
             raise FieldError(
                 self, "bases", self.bases, "must be one or more unlike numbers above 1", (10000.0, 18000.0)

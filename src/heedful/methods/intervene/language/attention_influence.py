@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic
 from heedful.core.summary import Summary, sums
 from heedful.kit.batches import Batch, read, with_roles
-from heedful.kit.head_search import Head, heads_here, of_text, require_heads
+from heedful.kit.head_search import Head, heads_here, of_text
 from heedful.kit.pointing import pointing
 
 
@@ -44,13 +44,8 @@ class AttentionInfluence(Method):
             "What is chosen by the scores, and training on it, is left to the user.",
         ),
     )
-    share: float = 0.05  # of all heads that a fit takes, the best; the paper: 0.05
+    share: PositiveShare = 0.05  # of all heads that a fit takes, the best; the paper: 0.05
     heads: tuple[Head, ...] | None = None  # (layer, head) pairs that a fit chose; None: every head
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0 and be at most 1", 0.05)
-        require_heads(self, self.heads or ())
 
     def idle(self, call: Call) -> bool:
         return call.cross or (self.heads is not None and not heads_here(self, self.heads, call))

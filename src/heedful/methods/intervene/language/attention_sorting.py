@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, RoleName
 from heedful.methods.intervene.language._documents import _DocumentAttention
 
 
@@ -25,14 +25,8 @@ class AttentionSorting(Tokens):
             "Documents that are attended equally keep their order; the authors' code turns it round.",
         ),
     )
-    role: str = "documents"  # the role that names the documents' spans
-    rounds: int = 3  # sorts; the authors' code: 3, their experiments up to 5
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "documents")
-        if self.rounds < 0:
-            raise FieldError(self, "rounds", self.rounds, "must be 0 or more sorts", 3)
+    role: RoleName = "documents"  # the role that names the documents' spans
+    rounds: NonNegativeInt = 3  # sorts; the authors' code: 3, their experiments up to 5
 
     @classmethod
     def neutral(cls) -> AttentionSorting:

@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, RoleName
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean
 from heedful.kit.batches import read
@@ -61,15 +62,9 @@ class AttnRank(Tokens):
     """
 
     paper = _PAPER
-    role: str = "documents"  # the role that names the items' spans
-    layer: int | None = None  # the layer whose attention a fit reads; None: the mean of all
+    role: RoleName = "documents"  # the role that names the items' spans
+    layer: NonNegativeInt | None = None  # the layer whose attention a fit reads; None: the mean of all
     attention: tuple[float, ...] = ()  # what each slot gets, from a fit
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "documents")
-        if self.layer is not None and self.layer < 0:
-            raise FieldError(self, "layer", self.layer, "must be a layer's number, or None", 1)
 
     @classmethod
     def example(cls) -> AttnRank:

@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.seeds import seed_of
 from heedful.methods.intervene.language._contrast import TEXTS, contrast
@@ -42,16 +43,10 @@ class AUSteer(Method):
             "their order.",
         ),
     )
-    count: int = 100  # channels that a fit takes, of all layers together; the authors' scripts: 2 to 100
+    count: PositiveInt = 100  # channels that a fit takes, of all layers together; the authors' scripts: 2 to 100
     strength: float = 10.0  # alpha, below 0 turns away from the trait; the authors' scripts: 8 to 100
     momenta: Fitted | None = None  # "beta.LAYER" [h d], 0 for channels that were not taken, from a fit
     seed: int | None = None  # without a fit: random momenta in every channel
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise FieldError(self, "count", self.count, "must be 1 channel or more", 100)
-        if not abs(self.strength) < float("inf"):
-            raise FieldError(self, "strength", self.strength, "must be finite", 10.0)
 
     @classmethod
     def neutral(cls) -> AUSteer:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, RoleName
 from heedful.methods.intervene.language._documents import _DocumentAttention
 
 
@@ -31,15 +31,9 @@ class BestOrder(Tokens):
             "The paper's mask by which documents see each other both ways, and the fine-tuning for it, are not here.",
         ),
     )
-    role: str = "documents"  # the role that names the documents' spans
-    orders: int = 20  # orders that are tried, the given one among them; the authors' code: 20
+    role: RoleName = "documents"  # the role that names the documents' spans
+    orders: PositiveInt = 20  # orders that are tried, the given one among them; the authors' code: 20
     seed: int = 0  # of the orders that are drawn
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "documents")
-        if self.orders < 1:
-            raise FieldError(self, "orders", self.orders, "must be 1 order or more", 20)
 
     @classmethod
     def neutral(cls) -> BestOrder:

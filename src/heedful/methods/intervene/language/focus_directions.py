@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Layer, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean, Statistic, Sum
 from heedful.kit.seeds import drawn_for
@@ -45,20 +46,11 @@ class FocusDirections(Method):
         ),
     )
     alpha: float = 0.3  # strength; the paper's best: 0.3, the authors' script: 0.2; below 0 turns away
-    count: int = 20  # heads that a fit chooses; the paper: 20
-    epochs: int = 10  # passes of a fit over its batches; the paper: 10
-    rate: float = 1e-3  # AdamW's learning rate in a fit; the paper: 1e-3
+    count: PositiveInt = 20  # heads that a fit chooses; the paper: 20
+    epochs: PositiveInt = 10  # passes of a fit over its batches; the paper: 10
+    rate: PositiveFloat = 1e-3  # AdamW's learning rate in a fit; the paper: 1e-3
     directions: Fitted | None = None  # q.<layer> [h d], zero in heads that were not chosen
     seed: int | None = None  # without a fit: random directions in every head, the paper's control
-
-    def __post_init__(self) -> None:
-        if not abs(self.alpha) < float("inf"):
-            raise FieldError(self, "alpha", self.alpha, "must be finite", 0.3)
-        for name in ("count", "epochs"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", 10)
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 1e-3)
 
     @classmethod
     def neutral(cls) -> FocusDirections:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, RoleName, ShareBelowOne
 from heedful.core.regions import Region, by_text, span_of
 from heedful.core.sites import Site, at
 
@@ -37,17 +37,9 @@ class FocusICL(Method):
             "Share and size are fields; the authors choose them by the perplexity of demonstrations.",
         ),
     )
-    drop: float = 0.1  # share of the demonstrations' tokens that each later token leaves out, rounded down
-    size: int = 8  # demonstrations in a batch
-    role: str = "demonstrations"  # the spans of the demonstrations, in their order
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise FieldError(self, "drop", self.drop, "must be 0 or more, and below 1", 0.1)
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 demonstration or more", 8)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "demonstrations")
+    drop: ShareBelowOne = 0.1  # share of the demonstrations' tokens that each later token leaves out, rounded down
+    size: PositiveInt = 8  # demonstrations in a batch
+    role: RoleName = "demonstrations"  # the spans of the demonstrations, in their order
 
     @classmethod
     def neutral(cls) -> FocusICL:

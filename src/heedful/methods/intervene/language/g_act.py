@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.seeds import seed_of
 from heedful.methods.intervene.language._contrast import TEXTS, contrast
@@ -45,20 +46,11 @@ class GACT(Method):
         ),
     )
     strength: float = 1.0  # factor on the direction, below 0 turns away from the trait
-    clusters: int = 2  # directions of each layer
-    steps: int = 200  # of gradient descent that a probe learns in
-    rate: float = 1.0  # of these steps, on states of mean 0 and length 1
+    clusters: PositiveInt = 2  # directions of each layer
+    steps: PositiveInt = 200  # of gradient descent that a probe learns in
+    rate: PositiveFloat = 1.0  # of these steps, on states of mean 0 and length 1
     found: Fitted | None = None  # "d.LAYER" [c e], "w.LAYER" [c e], "b.LAYER" [c], from a fit
     seed: int | None = None  # draw random directions and probes in place of fitted ones: the control
-
-    def __post_init__(self) -> None:
-        if not abs(self.strength) < float("inf"):
-            raise FieldError(self, "strength", self.strength, "must be finite", 1.0)
-        for name, good in (("clusters", 2), ("steps", 200)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", good)
-        if not 0 < self.rate < float("inf"):
-            raise FieldError(self, "rate", self.rate, "must be above 0", 1.0)
 
     @classmethod
     def neutral(cls) -> GACT:

@@ -16,6 +16,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.batches import at_least_one
 
@@ -43,21 +44,11 @@ class HeadScale(Method):
             "batch a step where theirs has 8 texts; its warm-up begins a step further on, theirs with a rate of 0.",
         ),
     )
-    scale: float = 1.6  # factor on the scores of every head, and a fit's start; the authors' script: 1.6
+    scale: PositiveFloat = 1.6  # factor on the scores of every head, and a fit's start; the authors' script: 1.6
     scales: Fitted | None = None  # s.<layer> [h], from a fit
-    steps: int = 200  # gradient steps of a fit; the authors: 200
-    rate: float = 0.1  # AdamW's highest learning rate in a fit; the authors' script: 0.1 and 0.05
-    least: float = 1.0  # factors are held at this or above in a fit; the authors: 1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise FieldError(self, "scale", self.scale, "must be above 0 and finite", 1.6)
-        if self.steps < 1:
-            raise FieldError(self, "steps", self.steps, "must be 1 or more", 200)
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 0.1)
-        if not 0 <= self.least < float("inf"):
-            raise FieldError(self, "least", self.least, "must be 0 or more and finite", 1.0)
+    steps: PositiveInt = 200  # gradient steps of a fit; the authors: 200
+    rate: PositiveFloat = 0.1  # AdamW's highest learning rate in a fit; the authors' script: 0.1 and 0.05
+    least: NonNegativeFloat = 1.0  # factors are held at this or above in a fit; the authors: 1
 
     @classmethod
     def neutral(cls) -> HeadScale:

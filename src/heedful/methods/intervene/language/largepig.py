@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +12,7 @@ from heedful.core.errors import FieldError
 from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
 from heedful.core.method import Method, Readings, Stack
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName, Share
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
 
@@ -86,20 +86,14 @@ class LargePiG(Decode):
     """Mixes the words of a marked source into what the model says next, the more its last layers change their mind."""
 
     paper = _PAPER
-    role: str = "context"  # the spans of the prompt that may be copied from
+    role: RoleName = "context"  # the spans of the prompt that may be copied from
     layers: tuple[int, ...] = (15, 17, 19, 21, 23, 25, 27, 29)  # early exits after these; the authors' for 32 layers
-    scale: float = 500.0  # what the greatest divergence is multiplied with; the authors' runs: 500
-    most: float = 0.5  # what the pointer weighs at most; the authors' code: 0.5; 0 changes nothing
+    scale: NonNegativeFloat = 500.0  # what the greatest divergence is multiplied with; the authors' runs: 500
+    most: Share = 0.5  # what the pointer weighs at most; the authors' code: 0.5; 0 changes nothing
 
     def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "context")
         if not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
             raise FieldError(self, "layers", self.layers, "must be one or more unlike numbers from 0 up", (14, 22))
-        if not 0 <= self.scale < math.inf:
-            raise FieldError(self, "scale", self.scale, "must be 0 or more", 500.0)
-        if not 0 <= self.most <= 1:
-            raise FieldError(self, "most", self.most, "must lie from 0 to 1", 0.5)
 
     @classmethod
     def neutral(cls) -> LargePiG:

@@ -15,8 +15,9 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare
 from heedful.core.sites import Site, at
-from heedful.kit.head_search import Head, heads_here, require_heads
+from heedful.kit.head_search import Head, heads_here
 from heedful.kit.seeds import seed_of
 
 
@@ -40,29 +41,15 @@ class LoFiT(Method):
             "The paper also tells how to train offsets by preferences (DPO); here the loss is the model's own.",
         ),
     )
-    share: float = 0.03  # of all heads; the paper: 0.03 to 0.1
-    epochs: int = 5  # passes over the batches in each of the two steps; the authors' scripts: 5
-    select_rate: float = 5e-3  # AdamW's rate for the scales; the authors' scripts: 5e-3
-    rate: float = 1e-2  # AdamW's rate for the offsets; the authors' scripts: about 1e-2
-    penalty: float = 5e-4  # on the sum of |a|; the authors' scripts: 5e-4
+    share: PositiveShare = 0.03  # of all heads; the paper: 0.03 to 0.1
+    epochs: PositiveInt = 5  # passes over the batches in each of the two steps; the authors' scripts: 5
+    select_rate: PositiveFloat = 5e-3  # AdamW's rate for the scales; the authors' scripts: 5e-3
+    rate: PositiveFloat = 1e-2  # AdamW's rate for the offsets; the authors' scripts: about 1e-2
+    penalty: NonNegativeFloat = 5e-4  # on the sum of |a|; the authors' scripts: 5e-4
     heads: tuple[Head, ...] = ()  # (layer, head) pairs to train in place of chosen ones
     offsets: Fitted | None = None  # v.<layer> [h d], zero in heads that were not chosen
     strength: float = 1.0  # factor on the offsets; the paper: 1
     seed: int | None = None  # without a fit: random offsets in every head
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must be above 0 and at most 1", 0.03)
-        if self.epochs < 1:
-            raise FieldError(self, "epochs", self.epochs, "must be 1 or more", 5)
-        for name in ("select_rate", "rate"):
-            if not getattr(self, name) > 0:
-                raise FieldError(self, name, getattr(self, name), "must be above 0", 5e-3)
-        if not self.penalty >= 0:
-            raise FieldError(self, "penalty", self.penalty, "must be 0 or more", 5e-4)
-        if not abs(self.strength) < float("inf"):
-            raise FieldError(self, "strength", self.strength, "must be finite", 1.0)
-        require_heads(self, self.heads)
 
     @classmethod
     def neutral(cls) -> LoFiT:

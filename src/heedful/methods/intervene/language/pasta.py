@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import Layers, PositiveInt, RoleName
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.sites import Site, reads
 from heedful.core.summary import Summary
 from heedful.kit.batches import Batch
-from heedful.kit.head_search import Head, gains, heads_here, require_heads
+from heedful.kit.head_search import Head, gains, heads_here
 
 
 class PASTA(Method):
@@ -42,22 +45,12 @@ class PASTA(Method):
         ),
     )
     chunk_invariant = False  # tokens that the model adds are not turned down, and so not what they would be in a prompt
-    role: str = "marked"  # the spans to emphasise
-    alpha: float = 0.01  # factor on what lies outside them; the paper: 0.01
+    role: RoleName = "marked"  # the spans to emphasise
+    alpha: Annotated[float, Interval(ge=1e-30, le=1e30)] = 0.01  # factor on what lies outside them; the paper: 0.01
     heads: tuple[Head, ...] | None = None  # (layer, head) pairs that a fit chose; None: every head
-    count: int = 50  # heads that a fit takes from each task's best; the paper: 300 to 500 of 1024, less by intersection
-    layers: tuple[int, ...] | None = None  # layers whose heads a fit tries; None: all
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "marked")
-        if not 1e-30 <= self.alpha <= 1e30:
-            raise FieldError(self, "alpha", self.alpha, "must lie from 1e-30 to 1e30", 0.01)
-        if self.count < 1:
-            raise FieldError(self, "count", self.count, "must be 1 or more heads", 50)
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise FieldError(self, "layers", self.layers, "must be numbers of layers from 0 up", (16, 20))
-        require_heads(self, self.heads or ())
+    # heads that a fit takes from each task's best; the paper: 300 to 500 of 1024, less by intersection
+    count: PositiveInt = 50
+    layers: Layers | None = None  # layers whose heads a fit tries; None: all
 
     @classmethod
     def neutral(cls) -> PASTA:

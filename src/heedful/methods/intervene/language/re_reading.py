@@ -5,6 +5,7 @@ from __future__ import annotations
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt, RoleName
 
 
 class ReReading(Tokens):
@@ -27,17 +28,11 @@ class ReReading(Tokens):
             "Thoughts step by step and votes over answers, which the authors combine it with, are not part of it.",
         ),
     )
-    lead: tuple[int, ...] = ()  # token ids before each later copy; the authors: of "Read the question again:"
-    times: int = 2  # how often the question is read; the paper: 2, and up to 5 in its ablation
-    role: str = "question"  # the role that names the question's one span
-
-    def __post_init__(self) -> None:
-        if any(token < 0 for token in self.lead):
-            raise FieldError(self, "lead", self.lead, "must be token ids", (1, 2))
-        if self.times < 1:
-            raise FieldError(self, "times", self.times, "must be 1 reading or more", 2)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "question")
+    lead: tuple[
+        NonNegativeInt, ...
+    ] = ()  # token ids before each later copy; the authors: of "Read the question again:"
+    times: PositiveInt = 2  # how often the question is read; the paper: 2, and up to 5 in its ablation
+    role: RoleName = "question"  # the role that names the question's one span
 
     @classmethod
     def neutral(cls) -> ReReading:

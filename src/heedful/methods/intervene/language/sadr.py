@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName
 from heedful.core.sites import Site, penalises, reads
 from heedful.core.stats import Sum
 from heedful.kit.batches import read
@@ -43,16 +44,10 @@ class SADR(Method):
         ),
     )
     whole_map = True
-    weight: float = 0.01  # gamma; the authors' scripts: 0.01 with ROME, 0.005 with MEMIT, 0.08 with PMET
-    role: str = "subject"  # names the tokens of the subject, whose last one is looked at
+    weight: NonNegativeFloat = 0.01  # gamma; the authors' scripts: 0.01 with ROME, 0.005 with MEMIT, 0.08 with PMET
+    role: RoleName = "subject"  # names the tokens of the subject, whose last one is looked at
     before: Fitted | None = None  # "row.LAYER" [b h n], "subject.LAYER" [b] and "at" [b], from a fit
     seed: int | None = None  # without a fit: random rows, as a control
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise FieldError(self, "weight", self.weight, "must be 0 or more and finite", 0.01)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "subject")
 
     @classmethod
     def neutral(cls) -> SADR:

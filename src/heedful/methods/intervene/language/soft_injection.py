@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt, Share
 from heedful.core.sites import Site, at
 from heedful.methods.intervene.language._task import learn_answers, mean_heads, split
 
@@ -42,17 +43,9 @@ class SoftInjection(Method):
     causal = False  # what a token gets depends on whether it is the last of the prompt
     chunk_invariant = False  # a prompt read in pieces has the last token of every piece edited
     task: Fitted | None = None  # t.<layer> [h d] and a.<layer> [h], from a fit
-    gate: float | None = None  # one gate for every head instead of the fitted ones, 0 to 1; without a fit t is 0
-    steps: int = 400  # gradient steps of a fit; the paper: 400
-    rate: float = 0.2  # Adam's learning rate in a fit; the paper: 0.2
-
-    def __post_init__(self) -> None:
-        if self.gate is not None and not 0 <= self.gate <= 1:
-            raise FieldError(self, "gate", self.gate, "must lie from 0 to 1, or be None", 0.5)
-        if self.steps < 1:
-            raise FieldError(self, "steps", self.steps, "must be 1 or more", 400)
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 0.2)
+    gate: Share | None = None  # one gate for every head instead of the fitted ones, 0 to 1; without a fit t is 0
+    steps: PositiveInt = 400  # gradient steps of a fit; the paper: 400
+    rate: PositiveFloat = 0.2  # Adam's learning rate in a fit; the paper: 0.2
 
     @classmethod
     def neutral(cls) -> SoftInjection:

@@ -14,6 +14,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
 from heedful.core.method import FitContext, Layer
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, ShareBelowOne
 from heedful.core.sites import Site
 from heedful.kit.seeds import seed_of
 from heedful.methods.intervene.language._contrast import TEXTS, class_means
@@ -39,16 +40,10 @@ class Steer2Edit(Surgery):
     """
 
     paper = PAPER
-    rho: float = 0.18  # how many heads, fewer when higher; the authors' Llama-2-7B: 0.18
-    alpha: float = 0.8  # how sparse rather than small the edit is; the authors' Llama-2-7B: 0.8
+    rho: PositiveFloat = 0.18  # how many heads, fewer when higher; the authors' Llama-2-7B: 0.18
+    alpha: ShareBelowOne = 0.8  # how sparse rather than small the edit is; the authors' Llama-2-7B: 0.8
     vectors: Fitted | None = None  # "v.LAYER" [e] the steering vector, "x.LAYER" [h d] the mean input of each head
     seed: int | None = None  # draw random vectors in place of fitted ones: the control that any steering needs
-
-    def __post_init__(self) -> None:
-        if not self.rho > 0:
-            raise FieldError(self, "rho", self.rho, "must be above 0", 0.18)
-        if not 0 <= self.alpha < 1:
-            raise FieldError(self, "alpha", self.alpha, "must be at least 0 and below 1", 0.8)
 
     @classmethod
     def neutral(cls) -> Steer2Edit:

@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.seeds import drawn_for
 from heedful.methods.intervene.language._task import learn_answers, mean_heads, split
@@ -43,20 +44,10 @@ class LearnableTaskVector(Method):
     chunk_invariant = False  # a prompt read in pieces has the last token of every piece edited
     vectors: Fitted | None = None  # v.<layer> [e] and the weights w.<layer> [h], from a fit
     strength: float = 1.0  # factor on the vectors; the authors: 1
-    steps: int = 2000  # gradient steps of a fit; the authors' code: up to 100000, whose best are kept
-    rate: float = 5e-5  # Adam's learning rate in a fit; the authors' code: 5e-5
-    start: float = 1.0  # spread of the random weights that a fit starts from; the authors' code: 1
+    steps: PositiveInt = 2000  # gradient steps of a fit; the authors' code: up to 100000, whose best are kept
+    rate: PositiveFloat = 5e-5  # Adam's learning rate in a fit; the authors' code: 5e-5
+    start: NonNegativeFloat = 1.0  # spread of the random weights that a fit starts from; the authors' code: 1
     seed: int | None = None  # without a fit: random vectors; in a fit: of the first weights, 0 unless given
-
-    def __post_init__(self) -> None:
-        if not abs(self.strength) < float("inf"):
-            raise FieldError(self, "strength", self.strength, "must be finite", 1.0)
-        if self.steps < 1:
-            raise FieldError(self, "steps", self.steps, "must be 1 or more", 2000)
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 5e-5)
-        if not 0 <= self.start < float("inf"):
-            raise FieldError(self, "start", self.start, "must be 0 or more and finite", 1.0)
 
     @classmethod
     def neutral(cls) -> LearnableTaskVector:

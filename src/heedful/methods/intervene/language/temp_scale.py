@@ -7,10 +7,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat
 from heedful.core.sites import Site, at
 
 
@@ -30,11 +30,7 @@ class TempScale(Method):
             "Sink logits that a model has learned are no scores of keys and are not divided.",
         ),
     )
-    tau: float = 0.9  # no unit; the paper searches 0.8 to 0.95 or so, 1 changes nothing
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tau < float("inf"):
-            raise FieldError(self, "tau", self.tau, "must be above 0 and finite", 0.9)
+    tau: PositiveFloat = 0.9  # no unit; the paper searches 0.8 to 0.95 or so, 1 changes nothing
 
     @classmethod
     def neutral(cls) -> TempScale:

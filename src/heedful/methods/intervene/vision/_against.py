@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from heedful.core.errors import FieldError
 from heedful.core.kinds import NOTHING_READ, Decode, Read
+from heedful.core.ranges import NonNegativeFloat, Share
 
 PROMPT, LITTLE = "prompt", "little"  # the names of the two runs
 
@@ -17,14 +17,8 @@ PROMPT, LITTLE = "prompt", "little"  # the names of the two runs
 class Against(Decode, abstract=True):
     """(1 + alpha) x - alpha y of tokens that x finds plausible: x of the prompt as it is, y where little is seen."""
 
-    alpha: float = 1.0  # weight of the contrast; 0 changes nothing
-    beta: float = 0.1  # tokens are cut off that are less likely than this share of the likeliest; 0: none
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha < math.inf:
-            raise FieldError(self, "alpha", self.alpha, "must be 0 or more, and finite", 1.0)
-        if not 0 <= self.beta <= 1:
-            raise FieldError(self, "beta", self.beta, "must lie from 0 to 1", 0.1)
+    alpha: NonNegativeFloat = 1.0  # weight of the contrast; 0 changes nothing
+    beta: Share = 0.1  # tokens are cut off that are less likely than this share of the likeliest; 0: none
 
     def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         whole = logits[PROMPT].float()

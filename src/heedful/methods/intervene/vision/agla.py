@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from heedful.core.errors import FieldError
 from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read, Reader
 from heedful.core.method import Stack
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, PositiveShare, Share
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT, Against
 from heedful.methods.intervene.vision._looks import _Hidden, _Looks, lowest, places_of
 
@@ -36,16 +36,11 @@ class AGLA(Against):
             "image match.",
         ),
     )
-    alpha: float = 2.0  # weight of the relevant part; the authors' runs: 2
-    beta: float = 0.5  # tokens are cut off that are less likely than this share of the likeliest; the authors': 0.5
-    share: float = 0.5  # of the image's tokens that are relevant, rounded up
+    alpha: NonNegativeFloat = 2.0  # weight of the relevant part; the authors' runs: 2
+    beta: Share = 0.5  # tokens are cut off that are less likely than this share of the likeliest; the authors': 0.5
+    share: PositiveShare = 0.5  # of the image's tokens that are relevant, rounded up
     hidden: tuple[int, ...] | None = None  # tokens that are not; None: told by each prompt
     within: tuple[int, ...] = ()  # the layers in which they are hidden, as a run numbers them
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.5)
 
     @classmethod
     def neutral(cls) -> AGLA:

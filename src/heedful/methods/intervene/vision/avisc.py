@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.kinds import Decode, Prompt, Reader
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare, RoleName
 from heedful.core.sites import Site, at
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT, Against
 from heedful.methods.intervene.vision._looks import _Looks, places_of
@@ -46,18 +46,11 @@ class AvisC(Against):
         "Findings of ACL 2025",
         differs=("Any spans may stand for the image.",),
     )
-    gamma: float = 0.5  # share of the attention to the image that the layers have which are listened to
+    gamma: PositiveShare = 0.5  # share of the attention to the image that the layers have which are listened to
     deviations: float = 1.0  # lambda: how many standard deviations above the mean a token is blind; the authors: 1
-    role: str = "image"  # the spans of the prompt that stand for the image
+    role: RoleName = "image"  # the spans of the prompt that stand for the image
     emptied: tuple[int, ...] | None = None  # tokens that come in as zeros; None: told by each prompt
     first: int = 0  # the layer before which they are emptied, the language model's first
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.gamma <= 1:
-            raise FieldError(self, "gamma", self.gamma, "must lie above 0, and be 1 at most", 0.5)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "image")
 
     @classmethod
     def neutral(cls) -> AvisC:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
 from heedful.core.errors import FieldError
 from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read, Reader
 from heedful.core.method import Stack
 from heedful.core.paper import Paper
+from heedful.core.ranges import Layers, NonNegativeInt, PositiveFloat, PositiveShare
 from heedful.methods.intervene.vision._looks import _Hidden, _Looks, lowest, places_of
 
 
@@ -39,22 +40,13 @@ class CARVE(Decode):
             "The later half of the layers is listened to by default; the authors: 20 to 25 of 28 to 40.",
         ),
     )
-    general: tuple[int, ...] = (0,)  # tokens in the place of the question, as of "describe the image"
-    share: float = 0.2  # of the image's tokens that are seen, rounded up; the authors' code: 0.2
-    smooth: float = 1e-8  # lambda; the authors' code: 1e-8
-    layers: tuple[int, ...] | None = None  # of the language model that are listened to, from 0; None: the later half
+    # tokens in the place of the question, as of "describe the image"
+    general: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = (0,)
+    share: PositiveShare = 0.2  # of the image's tokens that are seen, rounded up; the authors' code: 0.2
+    smooth: PositiveFloat = 1e-8  # lambda; the authors' code: 1e-8
+    layers: Layers | None = None  # of the language model that are listened to, from 0; None: the later half
     hidden: tuple[int, ...] | None = None  # tokens that are hidden; None: told by each prompt
     within: tuple[int, ...] = ()  # the layers in which they are, as a run numbers them
-
-    def __post_init__(self) -> None:
-        if not self.general or min(self.general) < 0:
-            raise FieldError(self, "general", self.general, "must be one token or more, from 0 up", (1, 2))
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.2)
-        if not 0 < self.smooth < math.inf:
-            raise FieldError(self, "smooth", self.smooth, "must be above 0, and finite", 1e-8)
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise FieldError(self, "layers", self.layers, "must be numbers of layers from 0 up", (16, 20))
 
     @classmethod
     def neutral(cls) -> CARVE:

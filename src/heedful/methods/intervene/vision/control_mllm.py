@@ -15,10 +15,15 @@ from heedful.authoring import (
     FitContext,
     Fitted,
     Layer,
+    Layers,
     Method,
+    NonNegativeInt,
     Paper,
     Phase,
+    PositiveFloat,
+    PositiveShare,
     Region,
+    RoleName,
     Site,
     at,
     penalises,
@@ -50,31 +55,16 @@ class ControlMLLM(Method):
         ),
     )
     one_text = True
-    role: str = "marked"  # the part to look at
-    image: str = "image"  # the tokens that the latent is added to
+    role: RoleName = "marked"  # the part to look at
+    image: RoleName = "image"  # the tokens that the latent is added to
     question: str = ""  # the words that shall look; "": all after the image, as in the paper
-    steps: int = 4  # the authors: 4 for words in an image, 5 for things
-    rate: float = 400.0  # step size on the energy; the authors: 400, as a factor on it
-    blend: float = 0.5  # of the new latent in what is added, the rest being what was before; the authors: 0.5
-    enough: float = 0.25  # stops once the energy changed by this share; the authors: 0.25
-    layers: tuple[int, ...] | None = None  # whose weights are averaged; None: all, as in the paper
+    steps: NonNegativeInt = 4  # the authors: 4 for words in an image, 5 for things
+    rate: PositiveFloat = 400.0  # step size on the energy; the authors: 400, as a factor on it
+    blend: PositiveShare = 0.5  # of the new latent in what is added, the rest being what was before; the authors: 0.5
+    enough: PositiveFloat = 0.25  # stops once the energy changed by this share; the authors: 0.25
+    layers: Layers | None = None  # whose weights are averaged; None: all, as in the paper
     latent: Fitted | None = None  # "latent" [n e] for the image's n tokens
     seed: int | None = None  # without a fit: a random latent, as a control
-
-    def __post_init__(self) -> None:
-        for name in ("role", "image"):
-            if not getattr(self, name):
-                raise FieldError(self, name, getattr(self, name), "must name a role", name)
-        if self.steps < 0:
-            raise FieldError(self, "steps", self.steps, "must be 0 or more", 4)
-        if not 0 < self.rate < float("inf"):
-            raise FieldError(self, "rate", self.rate, "must be above 0 and finite", 400.0)
-        if not 0 < self.blend <= 1:
-            raise FieldError(self, "blend", self.blend, "must be above 0 and at most 1", 0.5)
-        if not self.enough > 0:
-            raise FieldError(self, "enough", self.enough, "must be above 0; a large one never stops", 0.25)
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise FieldError(self, "layers", self.layers, "must be None or one or more layers", (14, 15))
 
     @classmethod
     def neutral(cls) -> ControlMLLM:
@@ -153,7 +143,7 @@ class _Energy(Method):
     role: str = "marked"
     image: str = "image"
     question: str = ""
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
 
     @penalises(Site.PATTERN)
     def energy(self, pattern: Tensor, call: Call) -> Tensor | None:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import RoleName
 from heedful.core.regions import by_text, numbers
 from heedful.core.sites import Site, at, reads
 from heedful.kit.feature_maps import with_bias
@@ -46,11 +46,7 @@ class Cyclical(Method):
     subjects = ("cross",)
     causal = False
     chunk_invariant = False
-    written: str = "written"  # the role of the words that the first forward wrote, in their order
-
-    def __post_init__(self) -> None:
-        if not self.written:
-            raise FieldError(self, "written", self.written, "must name a role", "written")
+    written: RoleName = "written"  # the role of the words that the first forward wrote, in their order
 
     @classmethod
     def example(cls) -> Cyclical:

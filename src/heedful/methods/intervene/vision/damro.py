@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
 from heedful.core.method import Stack
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from heedful.kit.picked import PickedPatches, best
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT, Against
 
@@ -40,15 +40,10 @@ class DAMRO(Against):
             "Weights are the mean of the layer's heads; the authors' code has one softmax over the channels of all.",
         ),
     )
-    alpha: float = 2.0  # weight of the contrast; the authors' for LLaVA: 2, for InstructBLIP: 0.5 and 1.5
-    count: int = 10  # how many outliers are left in the contrast; the authors' for LLaVA-1.5: 10
-    layer: int = 22  # of the encoder, whose class token is asked: LLaVA's last but one, which hands its tokens on
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("count", 1), ("layer", 0)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", 10)
+    alpha: NonNegativeFloat = 2.0  # weight of the contrast; the authors' for LLaVA: 2, for InstructBLIP: 0.5 and 1.5
+    count: PositiveInt = 10  # how many outliers are left in the contrast; the authors' for LLaVA-1.5: 10
+    # of the encoder, whose class token is asked: LLaVA's last but one, which hands its tokens on
+    layer: NonNegativeInt = 22
 
     @classmethod
     def neutral(cls) -> DAMRO:

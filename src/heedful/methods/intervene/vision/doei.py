@@ -13,6 +13,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, PositiveInt, ProperShare, Share
 from heedful.core.sites import Site, at, reads
 from heedful.kit.patches import patch_tokens, whole_image
 from heedful.kit.topk import top_k
@@ -47,22 +48,11 @@ class DOEI(Method):
     subjects = ("image",)
     causal = False
     chunk_invariant = False
-    share: float = 0.5  # of the patches that are likely, rounded up; ours
-    up: float = 0.5  # by how much likely ones are strengthened; ours
-    down: float = 0.5  # by how much the others are weakened; ours
-    alike: float = 1.0  # a, the weight of likeness beside attention; 0 leaves attention alone; ours
-    classes: int = 1  # class tokens, the first of all; the paper's models: one for each class
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise FieldError(self, "share", self.share, "must lie between 0 and 1", 0.5)
-        for name, good in (("up", 0.5), ("alike", 1.0)):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more and finite", good)
-        if not 0 <= self.down <= 1:
-            raise FieldError(self, "down", self.down, "must lie from 0 to 1", 0.5)
-        if self.classes < 1:
-            raise FieldError(self, "classes", self.classes, "must be 1 or more", 1)
+    share: ProperShare = 0.5  # of the patches that are likely, rounded up; ours
+    up: NonNegativeFloat = 0.5  # by how much likely ones are strengthened; ours
+    down: Share = 0.5  # by how much the others are weakened; ours
+    alike: NonNegativeFloat = 1.0  # a, the weight of likeness beside attention; 0 leaves attention alone; ours
+    classes: PositiveInt = 1  # class tokens, the first of all; the paper's models: one for each class
 
     @classmethod
     def neutral(cls) -> DOEI:

@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.written import map_of, written
@@ -45,20 +46,15 @@ class GEM(Method):
         ),
     )
     subjects = ("image",)
-    last: int = 6  # layers that have the path, the last ones; the authors' code: 6
-    rounds: int = 1  # how often tokens draw together before they mix values; the authors' code: 1
-    temperature: float | None = None  # on cosines; None: the tokens' mean length over the root of d, as the authors'
+    last: PositiveInt = 6  # layers that have the path, the last ones; the authors' code: 6
+    rounds: NonNegativeInt = 1  # how often tokens draw together before they mix values; the authors' code: 1
+    # on cosines; None: the tokens' mean length over the root of d, as the authors'
+    temperature: PositiveFloat | None = None
     of: tuple[str, ...] = PROJECTIONS  # which attend to themselves, the mean of which is taken; the paper: all three
     maps: Fitted | None = None  # o.<layer> [e h d] and b.<layer> [e], from a fit
     seed: int | None = None  # without a fit: random projections
 
     def __post_init__(self) -> None:
-        if self.last < 1:
-            raise FieldError(self, "last", self.last, "must be 1 or more", 6)
-        if self.rounds < 0:
-            raise FieldError(self, "rounds", self.rounds, "must be 0 or more", 1)
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise FieldError(self, "temperature", self.temperature, "must be finite and above 0", 10.0)
         if not self.of or len(set(self.of)) < len(self.of) or not set(self.of) <= set(PROJECTIONS):
             rule = f"must be one or more of {', '.join(PROJECTIONS)}, each once"
             raise FieldError(self, "of", self.of, rule, PROJECTIONS)

@@ -9,6 +9,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName, Share
 from heedful.core.sites import Site, at, reads
 
 
@@ -40,20 +41,11 @@ class PAINT(Method):
     one_text = True
     causal = False  # only the last token of a call is edited
     chunk_invariant = False
-    role: str = "marked"  # the spans that stand for the image
-    alpha: float = 0.7  # share of its size that a local token's score gains; the authors' default: 0.7
-    beta: float = 0.3  # the same for summary tokens; the authors: 0.3
-    share: float = 0.25  # share of the marked tokens that are local, rounded up; the authors: 0.25
+    role: RoleName = "marked"  # the spans that stand for the image
+    alpha: NonNegativeFloat = 0.7  # share of its size that a local token's score gains; the authors' default: 0.7
+    beta: NonNegativeFloat = 0.3  # the same for summary tokens; the authors: 0.3
+    share: Share = 0.25  # share of the marked tokens that are local, rounded up; the authors: 0.25
     by_class: bool = False  # ranked by the encoder's class token, in its first layer and its last but one; the authors
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "marked")
-        for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more and finite", 0.5)
-        if not 0 <= self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie from 0 to 1", 0.25)
 
     @classmethod
     def neutral(cls) -> PAINT:

@@ -7,7 +7,16 @@ import warnings
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, penalises
+from heedful.authoring import (
+    Call,
+    Method,
+    NonNegativeFloat,
+    Paper,
+    PositiveFloat,
+    RoleName,
+    Site,
+    penalises,
+)
 from heedful.core.errors import InactiveWarning
 
 TINY = 1e-8  # of an attention whose logarithm would be infinite; as in the authors' code
@@ -49,22 +58,13 @@ class V2P(Method):
     )
     subjects = ("image",)
     whole_map = True
-    weight: float = 1.0  # beside the model's own loss; the authors: 1
-    suppression: float = 1.0  # of attention outside the box; the authors: 1
-    peak: float = 4.1325  # a box's side in standard deviations of the Gaussian; the authors: 4.1325, 96 % of it inside
-    target: str = "target"  # the patches of the box
+    weight: NonNegativeFloat = 1.0  # beside the model's own loss; the authors: 1
+    suppression: NonNegativeFloat = 1.0  # of attention outside the box; the authors: 1
+    # a box's side in standard deviations of the Gaussian; the authors: 4.1325, 96 % of it inside
+    peak: PositiveFloat = 4.1325
+    target: RoleName = "target"  # the patches of the box
     asking: str = ""  # the role of the queries; "": the last token of each text
-    patches: str = "patches"  # the picture, with its grid
-
-    def __post_init__(self) -> None:
-        for name in ("weight", "suppression"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more and finite", 1.0)
-        if not 0 < self.peak < float("inf"):
-            raise FieldError(self, "peak", self.peak, "must be above 0 and finite", 4.1325)
-        for name in ("target", "patches"):
-            if not getattr(self, name):
-                raise FieldError(self, name, getattr(self, name), "must name a role", name)
+    patches: RoleName = "patches"  # the picture, with its grid
 
     @classmethod
     def neutral(cls) -> V2P:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveFloat, RoleName, Share
 from heedful.core.sites import Site, at, reads
 from heedful.core.state import ByIndex
 from heedful.core.stats import Mean
@@ -47,23 +49,14 @@ class VAR(Method):
             "A token that the model adds may be a sink too; the authors look at those of the prompt.",
         ),
     )
-    role: str = "marked"  # the spans that stand for the image
-    tau: float = 20.0  # a dimension over the token's root mean square, above which the token is a sink; the paper: 20
-    rho: float = 0.5  # share of a head's weight on the span that may lie on sinks, at most; the authors' code: 0.5
-    least: float = 0.2  # weight that a head's row gives to the span at least; the authors' code: 0.2
-    beta: float = 0.6  # share of a sink's weight that it keeps; the paper's p: 0.6
-    dims: tuple[int, ...] | None = None  # massive dimensions of the stream; None: any may be one
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "marked")
-        if not self.tau > 0:
-            raise FieldError(self, "tau", self.tau, "must be above 0", 20.0)
-        for name in ("rho", "least", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FieldError(self, name, getattr(self, name), "must lie from 0 to 1", 0.5)
-        if self.dims is not None and (not self.dims or min(self.dims) < 0):
-            raise FieldError(self, "dims", self.dims, "must be one or more numbers from 0 up, or None", (1415, 2533))
+    role: RoleName = "marked"  # the spans that stand for the image
+    # a dimension over the token's root mean square, above which the token is a sink; the paper: 20
+    tau: PositiveFloat = 20.0
+    rho: Share = 0.5  # share of a head's weight on the span that may lie on sinks, at most; the authors' code: 0.5
+    least: Share = 0.2  # weight that a head's row gives to the span at least; the authors' code: 0.2
+    beta: Share = 0.6  # share of a sink's weight that it keeps; the paper's p: 0.6
+    # massive dimensions of the stream; None: any may be one
+    dims: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
 
     @classmethod
     def neutral(cls) -> VAR:

@@ -9,6 +9,7 @@ from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName
 from heedful.core.sites import Site, at
 from heedful.kit.scores import scores_of
 
@@ -40,14 +41,8 @@ class VHR(Method):
     one_text = True
     causal = False  # the last token of the prompt decides for all of them
     chunk_invariant = False  # a prompt read in pieces has heads chosen at the end of each piece
-    role: str = "marked"  # the spans that stand for the image
-    alpha: float = 2.0  # factor on the chosen heads' outputs; the paper: 2
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "marked")
-        if not 0 <= self.alpha < float("inf"):
-            raise FieldError(self, "alpha", self.alpha, "must be 0 or more and finite", 2.0)
+    role: RoleName = "marked"  # the spans that stand for the image
+    alpha: NonNegativeFloat = 2.0  # factor on the chosen heads' outputs; the paper: 2
 
     @classmethod
     def neutral(cls) -> VHR:

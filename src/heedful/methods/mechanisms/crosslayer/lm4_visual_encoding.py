@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from heedful.authoring import Call, FieldError, Fitted, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Fitted, Layer, Method, Paper, PositiveInt, ProperShare, Site, at
 from heedful.kit.feature_maps import drawn
 
 NAMES = {
@@ -46,14 +46,10 @@ class LM4VisualEncoding(Method):
     )
     subjects = ("image",)
     block: Fitted | None = None  # the block's weights, see `of`
-    head_dim: int = 64  # of the block's heads
-    eps: float = 1e-5  # of its norms
+    head_dim: PositiveInt = 64  # of the block's heads
+    eps: ProperShare = 1e-5  # of its norms
 
     def __post_init__(self) -> None:
-        if self.head_dim < 1:
-            raise FieldError(self, "head_dim", self.head_dim, "must be 1 or more", 64)
-        if not 0 < self.eps < 1:
-            raise FieldError(self, "eps", self.eps, "must be above 0 and below 1", 1e-5)
         if self.block is None:
             return
         if missing := sorted({*NAMES, "last_norm"} - set(self.block)):

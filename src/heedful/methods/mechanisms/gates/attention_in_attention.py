@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, leaky_relu, linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, PositiveFloat, PositiveInt, Site, at
 from heedful.kit.feature_maps import drawn, feature_map, laid_back, with_bias
 
 SLOPE = 0.2  # of what is below zero; the authors
@@ -33,14 +31,8 @@ class AttentionInAttention(Method):
         ),
     )
     subjects = ("image",)
-    temperature: float = 30.0  # t, that the two scalars are divided by; the authors: 30
-    reduction: int = 4  # how many times narrower the scalars' inner layer is than the channels; the authors: 4
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise FieldError(self, "temperature", self.temperature, "must be above 0", 30.0)
-        if self.reduction < 1:
-            raise FieldError(self, "reduction", self.reduction, "must be 1 or more", 4)
+    temperature: PositiveFloat = 30.0  # t, that the two scalars are divided by; the authors: 30
+    reduction: PositiveInt = 4  # how many times narrower the scalars' inner layer is than the channels; the authors: 4
 
     @classmethod
     def example(cls) -> AttentionInAttention:

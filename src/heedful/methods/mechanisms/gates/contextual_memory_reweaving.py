@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, Site, at
 
 
 class ContextualMemoryReweaving(Method):
@@ -24,11 +27,7 @@ class ContextualMemoryReweaving(Method):
             "parts, and the stream, are left as they are.",
         ),
     )
-    start: float = 0.0  # the weights at the start
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.start <= 1:
-            raise FieldError(self, "start", self.start, "must lie from -1 to 1", 0.0)
+    start: Annotated[float, Interval(ge=-1, le=1)] = 0.0  # the weights at the start
 
     @classmethod
     def example(cls) -> ContextualMemoryReweaving:

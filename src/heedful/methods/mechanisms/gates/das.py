@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu, grid_sample, group_norm, layer_norm
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, OddInt, Paper, PositiveShare, Site, at
 from heedful.kit.feature_maps import drawn, feature_map, laid_back
 from heedful.kit.running import wide
 
@@ -33,14 +33,8 @@ class DAS(Method):
     )
     subjects = ("image",)
     every_token = True
-    share: float = 0.2  # of the channels that the gate is told by; the paper: 0.2
-    kernel: int = 3  # patches along a side of the convolutions; others' code: 3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must be above 0 and at most 1", 0.2)
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 3)
+    share: PositiveShare = 0.2  # of the channels that the gate is told by; the paper: 0.2
+    kernel: OddInt = 3  # patches along a side of the convolutions; others' code: 3
 
     @classmethod
     def example(cls) -> DAS:

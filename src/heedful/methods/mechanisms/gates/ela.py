@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, group_norm
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, OddInt, Paper, PositiveInt, Site, at
 from heedful.kit.feature_maps import drawn, feature_map, laid_back
 
 
@@ -32,16 +32,9 @@ class ELA(Method):
     )
     subjects = ("image",)
     every_token = True
-    kernel: int = 7  # patches that it reaches along an axis; the paper: 5 or 7
-    groups: int = 16  # of channels that are normed together; the paper: 16 or 32
-    together: int = 1  # channels that are convolved together; the paper: 1 or 8
-
-    def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 7)
-        for name, good in (("groups", 16), ("together", 1)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", good)
+    kernel: OddInt = 7  # patches that it reaches along an axis; the paper: 5 or 7
+    groups: PositiveInt = 16  # of channels that are normed together; the paper: 16 or 32
+    together: PositiveInt = 1  # channels that are convolved together; the paper: 1 or 8
 
     @classmethod
     def example(cls) -> ELA:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 
 LEAST = 1e-8  # added to a variance; the authors' code
 
@@ -30,13 +30,9 @@ class GAAM(Method):
         ),
     )
     subjects = ("image",)
-    heads: int = 4  # runs of tokens, each with Gaussians of its own, the last with what is left; the authors' example
-    gaussians: int = 5  # of a head; the authors' example
-
-    def __post_init__(self) -> None:
-        for name, good in (("heads", 4), ("gaussians", 5)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", good)
+    # runs of tokens, each with Gaussians of its own, the last with what is left; the authors' example
+    heads: PositiveInt = 4
+    gaussians: PositiveInt = 5  # of a head; the authors' example
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         shape, random = (self.heads, self.gaussians), torch.Generator().manual_seed(layer.number)

@@ -11,6 +11,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, ProperShare
 from heedful.core.sites import Site, at
 from heedful.kit.feature_maps import drawn
 
@@ -33,16 +34,11 @@ class GatedHeads(Method):
             "The gate's weights come from a generator seeded by the layer's number and do not touch the global one.",
         ),
     )
-    start: float = 0.5  # mean gate before training; the authors' default: 0.5, their OPT: 0.25
+    start: ProperShare = 0.5  # mean gate before training; the authors' default: 0.5, their OPT: 0.25
     fine_tune: bool = False  # start near the unedited model: small weights, and the gate divided by `start`
-    spread: float = 0.001  # standard deviation of the weights when fine-tuning; the authors: OPT 0.001, BERT 0.01
+    # standard deviation of the weights when fine-tuning; the authors: OPT 0.001, BERT 0.01
+    spread: NonNegativeFloat = 0.001
     whole: bool = False  # each gate looks at the whole input instead of its slice, an option of the authors' code
-
-    def __post_init__(self) -> None:
-        if not 0 < self.start < 1:
-            raise FieldError(self, "start", self.start, "must lie between 0 and 1", 0.5)
-        if not 0 <= self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be 0 or more", 0.001)
 
     @classmethod
     def neutral(cls) -> GatedHeads:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, at
 from heedful.kit.feature_maps import drawn
 
 
@@ -31,11 +31,7 @@ class GatedNorm(Method):
             "generator seeded by the layer's number, so that it starts near one half.",
         ),
     )
-    rank: int = 16  # numbers between the gate's two maps; the paper's default
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise FieldError(self, "rank", self.rank, "must be 1 or more", 16)
+    rank: PositiveInt = 16  # numbers between the gate's two maps; the paper's default
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)

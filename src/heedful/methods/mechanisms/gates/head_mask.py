@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, Method, Paper, Share, Site, at
 
 Gates = dict[int, Tensor]  # one leaf `[h]` a layer, all of one forward
 
@@ -30,15 +32,9 @@ class HeadMask(Method):
             "A backward pass whose checkpoints are reentrant tells no importance, so nothing is masked by it there.",
         ),
     )
-    share: float = 0.125  # of all heads of the served layers together; the paper: 18 of 144
-    by: str = "random"  # which are masked: "random", or those of most "importance"
+    share: Share = 0.125  # of all heads of the served layers together; the paper: 18 of 144
+    by: Literal["random", "importance"] = "random"  # which are masked: "random", or those of most "importance"
     seed: int = 0  # of what is drawn
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie from 0 to 1", 0.125)
-        if self.by not in ("random", "importance"):
-            raise FieldError(self, "by", self.by, "must be 'random' or 'importance'", "random")
 
     @classmethod
     def neutral(cls) -> HeadMask:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, one_hot
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.kit.feature_maps import with_bias
 
 
@@ -33,14 +33,9 @@ class MixtureOfAttentiveExperts(Method):
             "Weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's number.",
         ),
     )
-    units: int = 64  # of the gate's hidden layer
-    every: int = 5  # in training one forward of so many trains the gate; 1: all of them, and nothing is drawn
+    units: PositiveInt = 64  # of the gate's hidden layer
+    every: PositiveInt = 5  # in training one forward of so many trains the gate; 1: all of them, and nothing is drawn
     seed: int = 0  # of what is drawn
-
-    def __post_init__(self) -> None:
-        for name, what, good in (("units", "units", 64), ("every", "forwards", 5)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), f"must be 1 or more {what}", good)
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         if layer.heads < 2:

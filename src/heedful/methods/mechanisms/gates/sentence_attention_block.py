@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Phase, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, Phase, PositiveInt, RoleName, Site, at
 from heedful.kit.feature_maps import with_bias
 
 
@@ -37,16 +37,9 @@ class SentenceAttentionBlock(Method):
     subjects = ("image", "text")
     causal = False
     chunk_invariant = False
-    widening: int = 4  # how many times wider than the sentence the inner layer is; the authors: 4
-    sentence: str = "sentence"  # the role of the question's words
-    patches: str = "patches"  # the role of what is gated
-
-    def __post_init__(self) -> None:
-        if self.widening < 1:
-            raise FieldError(self, "widening", self.widening, "must be 1 or more", 4)
-        for name in ("sentence", "patches"):
-            if not getattr(self, name):
-                raise FieldError(self, name, getattr(self, name), "must name a role", name)
+    widening: PositiveInt = 4  # how many times wider than the sentence the inner layer is; the authors: 4
+    sentence: RoleName = "sentence"  # the role of the question's words
+    patches: RoleName = "patches"  # the role of what is gated
 
     @classmethod
     def example(cls) -> SentenceAttentionBlock:

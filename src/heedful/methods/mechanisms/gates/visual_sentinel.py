@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.kit.feature_maps import drawn
 from heedful.kit.running import wide
 from heedful.kit.tile_scores import additive
@@ -33,11 +33,7 @@ class VisualSentinel(Method):
         ),
     )
     subjects = ("cross",)
-    units: int = 64  # of the net that tells energies; the authors: as many as a region has numbers, 512
-
-    def __post_init__(self) -> None:
-        if self.units < 1:
-            raise FieldError(self, "units", self.units, "must be 1 or more units", 64)
+    units: PositiveInt = 64  # of the net that tells energies; the authors: as many as a region has numbers, 512
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, n, inside = torch.Generator().manual_seed(layer.number), self.units, layer.heads * layer.value_dim

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu, layer_norm
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, OddInt, Paper, PositiveFloat, Site, at
 from heedful.kit.patches import patch_tokens, sides, whole_image
 from heedful.kit.running import Running, wide
 
@@ -36,14 +36,8 @@ class EnhancedLinearAttention(Method):
         ),
     )
     subjects = ("image",)
-    kernel: int = 7  # patches along a side of each convolution; the authors: 7
-    least: float = 100.0  # the least sum of weights that is divided by; the authors: 100
-
-    def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 7)
-        if not 0 < self.least < math.inf:
-            raise FieldError(self, "least", self.least, "must be above 0", 100.0)
+    kernel: OddInt = 7  # patches along a side of each convolution; the authors: 7
+    least: PositiveFloat = 100.0  # the least sum of weights that is divided by; the authors: 100
 
     @classmethod
     def example(cls) -> EnhancedLinearAttention:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, Method, Paper, Site, at
 from heedful.kit.running import Running, divided, wide
 
 
@@ -29,11 +31,7 @@ class Fastmax(Method):
         ),
     )
     subjects = ("text", "image")
-    order: int = 2  # terms of the series after the 1; the paper: 1 and 2
-
-    def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise FieldError(self, "order", self.order, "must be 1 or 2 terms after the first", 2)
+    order: Literal[1, 2] = 2  # terms of the series after the 1; the paper: 1 and 2
 
     @at(Site.MIX)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:

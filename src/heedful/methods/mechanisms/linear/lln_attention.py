@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, Method, NonNegativeInt, Paper, Site, at
 from heedful.kit.running import Running, divided, past_keys, wide
 from heedful.kit.seen import softmax_over
 
@@ -37,11 +37,7 @@ class LLNAttention(Method):
         ),
     )
     subjects = ("text", "image")
-    block: int | None = None  # tokens of a block of softmax attention; None: as a head is wide; 0: no blocks
-
-    def __post_init__(self) -> None:
-        if self.block is not None and self.block < 0:
-            raise FieldError(self, "block", self.block, "must be 0 or more tokens, or None", 64)
+    block: NonNegativeInt | None = None  # tokens of a block of softmax attention; None: as a head is wide; 0: no blocks
 
     @at(Site.MIX)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, Method, Paper, Site, at
-from heedful.kit.running import CHUNK, Running, require_chunk, wide
+from heedful.authoring import Call, Method, Paper, PositiveInt, Site, at
+from heedful.kit.running import CHUNK, Running, wide
 
 
 def features(x: Tensor) -> Tensor:
@@ -34,10 +34,7 @@ class MALA(Method):
             "The authors' depthwise convolution of the values and gate of the output are not part of it.",
         ),
     )
-    chunk: int = CHUNK  # query rows a step; speed and memory only
-
-    def __post_init__(self) -> None:
-        require_chunk(self, self.chunk)
+    chunk: PositiveInt = CHUNK  # query rows a step; speed and memory only
 
     @at(Site.MIX)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 from torch.nn.functional import glu, linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, SiteError
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, PositiveInt, SiteError
 
 KERNELS = (3, 7, 15, 31)  # tokens by layer, the last for all further ones; the papers' models
 
@@ -33,12 +35,9 @@ PAPER = Paper(
 class Convolution(Method, abstract=True):
     """A block of gated convolutions over the latest tokens, whose kernels channels share."""
 
-    kernels: tuple[int, ...] = KERNELS  # tokens by layer, the last for all further ones; the paper: 3, 7, 15, 31
+    # tokens by layer, the last for all further ones; the paper: 3, 7, 15, 31
+    kernels: Annotated[tuple[PositiveInt, ...], MinLen(1)] = KERNELS
     heads: int | None = None  # kernels that the channels share; None: the layer's heads; the paper: 16
-
-    def __post_init__(self) -> None:
-        if not self.kernels or min(self.kernels) < 1:
-            raise FieldError(self, "kernels", self.kernels, "must be one or more widths of 1 or more tokens", KERNELS)
 
     def kernel(self, layer: int) -> int:
         """How many tokens a kernel of the layer reaches."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveFloat, Site, at
 from heedful.kit.feature_maps import with_bias
 
 
@@ -30,11 +28,7 @@ class Activator(Method):
         ),
     )
     subjects = ("image", "text")
-    inner: float = 2.0  # width between the maps, times that of tokens; the authors: 512 for 256
-
-    def __post_init__(self) -> None:
-        if not 0 < self.inner < math.inf:
-            raise FieldError(self, "inner", self.inner, "must be above 0", 2.0)
+    inner: PositiveFloat = 2.0  # width between the maps, times that of tokens; the authors: 512 for 256
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, e = torch.Generator().manual_seed(layer.number), layer.width

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, NonNegativeInt, Paper, Site, SiteError, at
 from heedful.core.positions import spread_heads
 from heedful.kit.feature_maps import with_bias
 
@@ -29,11 +29,7 @@ class ContextAwareCrossAttention(Method):
         ),
     )
     subjects = ("cross",)
-    window: int = 9  # places to either side of the one that is looked at most; the authors' script: 9
-
-    def __post_init__(self) -> None:
-        if self.window < 0:
-            raise FieldError(self, "window", self.window, "must be 0 or more places", 9)
+    window: NonNegativeInt = 9  # places to either side of the one that is looked at most; the authors' script: 9
 
     @classmethod
     def example(cls) -> ContextAwareCrossAttention:

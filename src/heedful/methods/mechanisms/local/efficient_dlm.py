@@ -6,7 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from heedful.authoring import Call, Causal, FieldError, Mask, Method, Paper, Rule, Site, SiteError, at
+from heedful.authoring import (
+    Call,
+    Causal,
+    FieldError,
+    Mask,
+    Method,
+    Paper,
+    PositiveInt,
+    RoleName,
+    Rule,
+    Site,
+    SiteError,
+    at,
+)
 from heedful.core.positions import Pairs
 from heedful.kit.chunks import Chunk
 
@@ -48,14 +61,8 @@ class EfficientDLM(Method):
     )
     causal = False  # tokens see the rest of their block
     chunk_invariant = False  # of their block, what is there when they are read
-    size: int = 16  # tokens of a block; the authors study from 4 to 64 and more
-    noisy: str = "noisy"  # names the noisy copy of a text that stands before it, in training
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more tokens", 16)
-        if not self.noisy:
-            raise FieldError(self, "noisy", self.noisy, "must name a role", "noisy")
+    size: PositiveInt = 16  # tokens of a block; the authors study from 4 to 64 and more
+    noisy: RoleName = "noisy"  # names the noisy copy of a text that stands before it, in training
 
     @classmethod
     def neutral(cls) -> EfficientDLM:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, OddInt, Paper, Site, at
 from heedful.kit.feature_maps import feature_map, laid_back, with_bias
 
 
@@ -33,11 +33,7 @@ class FFNifiedAttention(Method):
     )
     subjects = ("image",)
     every_token = True
-    kernel: int = 7  # patches along a side of each kernel; the authors: 7, and 3 where images are large
-
-    def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 7)
+    kernel: OddInt = 7  # patches along a side of each kernel; the authors: 7, and 3 where images are large
 
     @classmethod
     def example(cls) -> FFNifiedAttention:

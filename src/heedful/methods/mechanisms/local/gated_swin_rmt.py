@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import (
+    Call,
+    FieldError,
+    Layer,
+    Method,
+    NonNegativeFloat,
+    OddInt,
+    Paper,
+    PositiveFloat,
+    PositiveInt,
+    Site,
+    SiteError,
+    at,
+)
 from heedful.kit.feature_maps import with_bias
 from heedful.kit.patches import patch_tokens, sides, whole_image
 from heedful.kit.running import wide
@@ -40,23 +51,15 @@ class GatedSwinRMT(Method):
         ),
     )
     subjects = ("image",)
-    window: int = 7  # patches along a side; Swin: 7
+    window: PositiveInt = 7  # patches along a side; Swin: 7
     shift: int = 0  # patches before the first whole window; Swin: half a window, in every other layer
-    start: float = 2.0  # a head's decay is 1 - 2^-(start + span * its share of the heads before it); RMT: 2
-    span: float = 4.0  # RMT: 4 and 6
-    kernel: int = 5  # patches along a side of the convolution of values; RMT: 5
+    start: PositiveFloat = 2.0  # a head's decay is 1 - 2^-(start + span * its share of the heads before it); RMT: 2
+    span: NonNegativeFloat = 4.0  # RMT: 4 and 6
+    kernel: OddInt = 5  # patches along a side of the convolution of values; RMT: 5
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise FieldError(self, "window", self.window, "must be 1 or more patches", 7)
         if not 0 <= self.shift < self.window:
             raise FieldError(self, "shift", self.shift, "must be 0 or more, and less than the window", self.window // 2)
-        if not 0 < self.start < math.inf:
-            raise FieldError(self, "start", self.start, "must be above 0", 2.0)
-        if not 0 <= self.span < math.inf:
-            raise FieldError(self, "span", self.span, "must be 0 or more", 4.0)
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 5)
 
     @classmethod
     def example(cls) -> GatedSwinRMT:

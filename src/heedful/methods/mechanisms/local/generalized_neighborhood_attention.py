@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from typing import Annotated
+
+from annotated_types import MinLen
+
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, PositiveInt, Site, at
 from heedful.methods.mechanisms.local._neighbours import require_room, within
 
 
@@ -31,13 +35,12 @@ class GeneralizedNeighborhoodAttention(Method):
     )
     subjects = ("image",)
     every_token = True
-    size: tuple[int, ...] = (16, 16)  # patches along each axis of the window; the paper varies it by model
+    # patches along each axis of the window; the paper varies it
+    size: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (16, 16)
     stride: tuple[int, ...] = (1, 1)  # patches along each axis that share a window; 1: NAT's, `size`: blocks
-    dilation: tuple[int, ...] = (1, 1)  # patches from one of the window to the next; 1 in the paper's runs
+    dilation: tuple[PositiveInt, ...] = (1, 1)  # patches from one of the window to the next; 1 in the paper's runs
 
     def __post_init__(self) -> None:
-        if not self.size or min(self.size) < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more patches along each axis", (16, 16))
         for name in ("stride", "dilation"):
             if len(getattr(self, name)) != len(self.size):
                 rule = f"must have a number for each of the {len(self.size)} axes of `size`"
@@ -45,8 +48,6 @@ class GeneralizedNeighborhoodAttention(Method):
         if not all(1 <= s <= w for s, w in zip(self.stride, self.size, strict=True)):
             rule = f"must lie from 1 to the window's size along each axis, which is {self.size}"
             raise FieldError(self, "stride", self.stride, rule, (1,) * len(self.size))
-        if min(self.dilation) < 1:
-            raise FieldError(self, "dilation", self.dilation, "must be 1 or more patches", (1,) * len(self.size))
 
     @classmethod
     def example(cls) -> GeneralizedNeighborhoodAttention:

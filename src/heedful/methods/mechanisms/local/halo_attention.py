@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, adds, at
+from heedful.authoring import (
+    Call,
+    Layer,
+    Mask,
+    Method,
+    NonNegativeInt,
+    Paper,
+    PositiveInt,
+    Site,
+    SiteError,
+    adds,
+    at,
+)
 from heedful.core.flags import between
 from heedful.kit.patches import grid_of
 from heedful.kit.running import wide
@@ -37,14 +49,8 @@ class HaloAttention(Method):
     subjects = ("image",)
     every_token = True
     anywhere = True
-    block: int = 8  # patches along a side of a block; the paper: 8
-    halo: int = 3  # patches around it that are seen too; the paper: 3
-
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise FieldError(self, "block", self.block, "must be 1 or more patches", 8)
-        if self.halo < 0:
-            raise FieldError(self, "halo", self.halo, "must be 0 or more patches", 3)
+    block: PositiveInt = 8  # patches along a side of a block; the paper: 8
+    halo: NonNegativeInt = 3  # patches around it that are seen too; the paper: 3
 
     @classmethod
     def example(cls) -> HaloAttention:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Rule, Site, at
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, PositiveInt, Rule, Site, at
 from heedful.core.positions import Pairs
 
 
@@ -44,11 +44,7 @@ class Hepos(Method):
         ),
     )
     subjects = ("cross",)
-    stride: int = 4  # heads that share the source among them; the paper's models: 4
-
-    def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise FieldError(self, "stride", self.stride, "must be 1 or more heads", 4)
+    stride: PositiveInt = 4  # heads that share the source among them; the paper's models: 4
 
     @classmethod
     def neutral(cls) -> Hepos:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Mask, Method, OddInt, Paper, Site, SiteError, at
 from heedful.core.flags import between
 from heedful.kit.patches import grid_of
 from heedful.methods.mechanisms.local._neighbours import Lines, narrowed
@@ -34,11 +34,7 @@ class LKCA(Method):
     subjects = ("image",)
     every_token = True
     anywhere = True
-    size: int = 11  # patches along a side of the kernel
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.size % 2 == 0:
-            raise FieldError(self, "size", self.size, "must be an odd number of patches", 11)
+    size: OddInt = 11  # patches along a side of the kernel
 
     @classmethod
     def example(cls) -> LKCA:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Mask, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen
 from heedful.kit.feature_maps import drawn
@@ -32,11 +32,7 @@ class LocalP(Method):
         ),
     )
     subjects = ("cross",)
-    window: int = 10  # D, places of the source to either side; the paper: 10
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise FieldError(self, "window", self.window, "must be 1 or more places", 10)
+    window: PositiveInt = 10  # D, places of the source to either side; the paper: 10
 
     @classmethod
     def example(cls) -> LocalP:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, adds, at
+from heedful.authoring import Call, Layer, Mask, Method, OddInt, Paper, PositiveInt, Site, adds, at
 from heedful.methods.mechanisms.local._neighbours import Lines, require_room, within
 
 
@@ -32,14 +35,8 @@ class NeighborhoodAttention(Method):
     subjects = ("image",)
     every_token = True
     anywhere = True
-    size: int = 7  # patches along a side of the neighbourhood; the paper: 7
-    dilation: int = 1  # patches from one neighbour to the next; NAT: 1
-
-    def __post_init__(self) -> None:
-        if self.size < 3 or self.size % 2 == 0:
-            raise FieldError(self, "size", self.size, "must be an odd number of 3 or more patches", 7)
-        if self.dilation < 1:
-            raise FieldError(self, "dilation", self.dilation, "must be 1 or more patches", 1)
+    size: Annotated[OddInt, Ge(3)] = 7  # patches along a side of the neighbourhood; the paper: 7
+    dilation: PositiveInt = 1  # patches from one neighbour to the next; NAT: 1
 
     @classmethod
     def example(cls) -> NeighborhoodAttention:

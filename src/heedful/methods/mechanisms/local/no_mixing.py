@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveFloat, Site, at
 from heedful.kit.feature_maps import drawn
 
 
@@ -33,11 +31,8 @@ class NoMixing(Method):
             "Attention's own projections stay in the model, unused; no gradient reaches them.",
         ),
     )
-    share: float = 1.0  # parameters, as a share of the four projections that it stands in for; the paper: as many
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < math.inf:
-            raise FieldError(self, "share", self.share, "must be above 0", 1.0)
+    # parameters, as a share of the four projections that it stands in for; the paper: as many
+    share: PositiveFloat = 1.0
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)

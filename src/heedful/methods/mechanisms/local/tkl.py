@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.authoring import Call, Mask, Method, NonNegativeInt, Paper, PositiveInt, Site, at
 from heedful.kit.chunks import Chunk
 
 
@@ -26,14 +26,8 @@ class TKL(Method):
             "What is not computed is left out by the mask, not by packing chunks.",
         ),
     )
-    chunk: int = 40  # tokens of a chunk; the authors: 40
-    overlap: int = 5  # tokens on either side that it sees too; the authors: 5
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise FieldError(self, "chunk", self.chunk, "must be 1 or more tokens", 40)
-        if self.overlap < 0:
-            raise FieldError(self, "overlap", self.overlap, "must be 0 or more tokens", 5)
+    chunk: PositiveInt = 40  # tokens of a chunk; the authors: 40
+    overlap: NonNegativeInt = 5  # tokens on either side that it sees too; the authors: 5
 
     @classmethod
     def example(cls) -> TKL:

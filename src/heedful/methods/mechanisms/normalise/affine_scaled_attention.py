@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import SiteError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import ShareBelowOne
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean
 from heedful.kit.feature_maps import drawn
@@ -35,11 +36,7 @@ class AffineScaledAttention(Method):
             "generator seeded by the layer's number.",
         ),
     )
-    momentum: float = 0.9  # what is left of the running mean in each call of training; the paper's default
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise FieldError(self, "momentum", self.momentum, "must be 0 or more, and below 1", 0.9)
+    momentum: ShareBelowOne = 0.9  # what is left of the running mean in each call of training; the paper's default
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)

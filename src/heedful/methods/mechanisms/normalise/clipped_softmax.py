@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.nn.functional import hardtanh_
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
@@ -24,14 +26,10 @@ class ClippedSoftmax(Method):
         "2306.12929",
         "NeurIPS 2023",
     )
-    gamma: float = -0.025  # a weight's lowest stretched value; the authors: -0.025 for 128 tokens, -12/512 for 512
-    zeta: float = 1.0  # a weight's highest stretched value; the authors' scripts: 1
-
-    def __post_init__(self) -> None:
-        if not -1e3 <= self.gamma <= 0:
-            raise FieldError(self, "gamma", self.gamma, "must be 0 or a little less", -0.025)
-        if not 1 <= self.zeta <= 1e3:
-            raise FieldError(self, "zeta", self.zeta, "must be 1 or a little more", 1.0)
+    # a weight's lowest stretched value; the authors: -0.025 for 128 tokens, -12/512 for 512
+    gamma: Annotated[float, Interval(ge=-1000.0, le=0)] = -0.025
+    # a weight's highest stretched value; the authors' scripts: 1
+    zeta: Annotated[float, Interval(ge=1, le=1000.0)] = 1.0
 
     @classmethod
     def neutral(cls) -> ClippedSoftmax:

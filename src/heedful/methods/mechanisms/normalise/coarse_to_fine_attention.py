@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, Method, Paper, PositiveInt, Site, at
 from heedful.core.flags import numbers, traced, zeroed
 from heedful.core.positions import spread_heads
 from heedful.methods.mechanisms.normalise._grouped import Groups
@@ -34,11 +34,7 @@ class CoarseToFineAttention(Method):
         ),
     )
     subjects = ("text", "image")
-    side: int = 4  # patches along each side of a cell, or a text's tokens in one; the paper: 4
-
-    def __post_init__(self) -> None:
-        if self.side < 1:
-            raise FieldError(self, "side", self.side, "must be 1 or more", 4)
+    side: PositiveInt = 4  # patches along each side of a cell, or a text's tokens in one; the paper: 4
 
     @classmethod
     def example(cls) -> CoarseToFineAttention:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, SiteError, Summary, sums
+from heedful.authoring import Call, Method, NonNegativeFloat, Paper, SiteError, Summary, sums
 
 
 class DoublyStochastic(Method):
@@ -35,11 +33,7 @@ class DoublyStochastic(Method):
         ),
     )
     subjects = ("cross",)
-    weight: float = 1.0  # lambda, beside a loss summed over words; the authors' code: 1, of another mean
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise FieldError(self, "weight", self.weight, "must be 0 or more, and finite", 1.0)
+    weight: NonNegativeFloat = 1.0  # lambda, beside a loss summed over words; the authors' code: 1, of another mean
 
     @classmethod
     def neutral(cls) -> DoublyStochastic:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.kit.feature_maps import drawn
 
 
@@ -31,14 +31,9 @@ class KolmogorovArnoldAttention(Method):
         ),
     )
     subjects = ("image",)
-    tokens: int = 197  # N, of every image, a class token counted; that of ViT-B/16
-    rank: int = 12  # r, what the waves of a row add up to before W; the paper: 12
-    waves: int = 3  # per score; the paper: 3 in ViT-Tiny and -Small, 1 in ViT-Base
-
-    def __post_init__(self) -> None:
-        for name, good in (("tokens", 197), ("rank", 12), ("waves", 3)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", good)
+    tokens: PositiveInt = 197  # N, of every image, a class token counted; that of ViT-B/16
+    rank: PositiveInt = 12  # r, what the waves of a row add up to before W; the paper: 12
+    waves: PositiveInt = 3  # per score; the paper: 3 in ViT-Tiny and -Small, 1 in ViT-Base
 
     @classmethod
     def example(cls) -> KolmogorovArnoldAttention:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at, reads
+from heedful.authoring import Call, Mask, Method, NonNegativeInt, Paper, Site, at, reads
 from heedful.core.flags import at_least, both, lowered, same, some, zeroed
 from heedful.core.positions import Positions, spread_heads
 from heedful.kit.told import at_places, token_ids
@@ -37,17 +40,12 @@ class LandmarkAttention(Method):
             "stretch that is read, and choose among the blocks before it.",
         ),
     )
-    every: int = 51  # tokens of a block, with its landmark; the authors' LLaMA: 50 and the landmark
-    tokens: tuple[int, ...] = ()  # landmark tokens, which end blocks wherever they stand; (): every N-th token does
-    blocks: int | None = None  # a query's and head's highest landmarks that count; None: all, as in training
-
-    def __post_init__(self) -> None:
-        if self.every < 2:
-            raise FieldError(self, "every", self.every, "must be 2 or more tokens, the landmark among them", 51)
-        if any(token < 0 for token in self.tokens):
-            raise FieldError(self, "tokens", self.tokens, "must be numbers of tokens from 0 up", (32000,))
-        if self.blocks is not None and self.blocks < 0:
-            raise FieldError(self, "blocks", self.blocks, "must be 0 or more, or None for all", 4)
+    # tokens of a block, with its landmark; the authors' LLaMA: 50 and the landmark
+    every: Annotated[int, Ge(2)] = 51
+    tokens: tuple[
+        NonNegativeInt, ...
+    ] = ()  # landmark tokens, which end blocks wherever they stand; (): every N-th token does
+    blocks: NonNegativeInt | None = None  # a query's and head's highest landmarks that count; None: all, as in training
 
     @classmethod
     def example(cls) -> LandmarkAttention:

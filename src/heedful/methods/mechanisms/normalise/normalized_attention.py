@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat
 from heedful.core.sites import Site, at
 from heedful.kit.seen import how_many, only_seen
 
@@ -34,11 +32,8 @@ class NormalizedAttention(Method):
             "that sees a single key gives it the shift alone.",
         ),
     )
-    eps: float = 1e-5  # added to the variance of a row's scores
-
-    def __post_init__(self) -> None:
-        if not 0 < self.eps < math.inf:
-            raise FieldError(self, "eps", self.eps, "must be above 0, since all scores of a row may be equal", 1e-5)
+    # added to the variance of a row's scores
+    eps: PositiveFloat = 1e-5
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"gain": torch.ones(layer.heads), "shift": torch.zeros(layer.heads)}

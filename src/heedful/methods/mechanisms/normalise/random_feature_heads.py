@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, Weighing, at, weighs
+from heedful.authoring import Call, Method, NonNegativeInt, Paper, Site, Weighing, at, weighs
 
 
 class RandomFeatureHeads(Method):
@@ -33,13 +32,7 @@ class RandomFeatureHeads(Method):
         ),
     )
     mean: float = 0.0  # multiple of the identity that is added to every matrix: above 0, like tends to meet like
-    seed: int = 0  # of the draw; every layer and head has a matrix of its own
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.mean):
-            raise FieldError(self, "mean", self.mean, "must be finite", 1.0)
-        if self.seed < 0:
-            raise FieldError(self, "seed", self.seed, "must be 0 or more", 0)
+    seed: NonNegativeInt = 0  # of the draw; every layer and head has a matrix of its own
 
     @classmethod
     def example(cls) -> RandomFeatureHeads:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat
 from heedful.core.sites import Site, at
 from heedful.core.weighing import Weighing, weighs
 
@@ -31,11 +31,8 @@ class RectifiedAttention(Method):
             "Masked pairs weigh nothing; the authors multiply their scores by zero, which is the same.",
         ),
     )
-    eps: float = 1e-8  # added to the mean square of a token's heads; the authors' code: 1e-8
-
-    def __post_init__(self) -> None:
-        if not 0 < self.eps < math.inf:
-            raise FieldError(self, "eps", self.eps, "must be above 0, since a token may look at nothing", 1e-8)
+    # added to the mean square of a token's heads; the authors' code: 1e-8
+    eps: PositiveFloat = 1e-8
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         size = layer.heads * layer.value_dim

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt
 from heedful.core.weighing import Weighing, weighs
 
 
@@ -28,11 +28,7 @@ class SigmoidAttention(Method):
             "A position bias that the model adds to its scores stays; the authors drop -log n where they use ALiBi.",
         ),
     )
-    length: int = 2048  # tokens of a training sequence, n in the bias -log n; the authors' text model: 2048
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise FieldError(self, "length", self.length, "must be 1 or more tokens; 1 means no bias", 2048)
+    length: PositiveInt = 2048  # tokens of a training sequence, n in the bias -log n; the authors' text model: 2048
 
     @classmethod
     def example(cls) -> SigmoidAttention:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import normalize, relu, relu_, softplus
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.flags import traced
 from heedful.core.method import Method
 from heedful.core.paper import Paper
@@ -38,11 +38,8 @@ class SoftplusAttention(Method):
             "needs no number to keep the sum from vanishing; a row of equal weights looks at nothing.",
         ),
     )
-    power: float = 15.0  # p, how much the second stage sharpens; the paper: 15, and 3 for texts as long as in training
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.power < math.inf:
-            raise FieldError(self, "power", self.power, "must be 1 or more", 15.0)
+    # p, how much the second stage sharpens; the paper: 15, and 3 for texts as long as in training
+    power: Annotated[float, Ge(1)] = 15.0
 
     @classmethod
     def example(cls) -> SoftplusAttention:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus, threshold
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.flags import lowered
 from heedful.kit.seen import how_many, only_seen
 
@@ -38,11 +38,7 @@ class SparkAttention(Method):
             "Attention alone, and not the feed-forward part.",
         ),
     )
-    keep: int = 256  # k, about how many keys a token looks at; the paper: 256
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise FieldError(self, "keep", self.keep, "must be 1 or more keys", 256)
+    keep: PositiveInt = 256  # k, about how many keys a token looks at; the paper: 256
 
     @classmethod
     def example(cls) -> SparkAttention:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at, penalises
+from heedful.authoring import (
+    Call,
+    Layer,
+    Method,
+    NonNegativeFloat,
+    Paper,
+    PositiveFloat,
+    PositiveInt,
+    Site,
+    SiteError,
+    at,
+    penalises,
+)
 from heedful.kit.feature_maps import drawn
 from heedful.kit.topk import top_k
 
@@ -42,18 +52,11 @@ class VariationalAttention(Method):
     whole_map = True
     causal = False  # in training a token is told what it is to write
     subjects = ("cross",)
-    best: int = 5  # places that each token keeps at rest; the paper: 5
-    weight: float = 1.0  # of the divergence, per token; 1 is the bound
-    temperature: float = 1.0  # of the draw's gradient: towards 0 it is that of fewer places; the authors' code: 1
+    best: PositiveInt = 5  # places that each token keeps at rest; the paper: 5
+    weight: NonNegativeFloat = 1.0  # of the divergence, per token; 1 is the bound
+    # of the draw's gradient: towards 0 it is that of fewer places; the authors' code: 1
+    temperature: PositiveFloat = 1.0
     seed: int = 0  # of what is drawn
-
-    def __post_init__(self) -> None:
-        if self.best < 1:
-            raise FieldError(self, "best", self.best, "must be 1 or more places", 5)
-        if not 0 <= self.weight < math.inf:
-            raise FieldError(self, "weight", self.weight, "must be 0 or more, and finite", 1.0)
-        if not 0 < self.temperature < math.inf:
-            raise FieldError(self, "temperature", self.temperature, "must be above 0 and finite", 1.0)
 
     @classmethod
     def example(cls) -> VariationalAttention:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.kit.running import wide
 
 EPS = 1e-6  # beside the size of a frequency that is divided by; the authors' code
@@ -33,12 +33,8 @@ class FFTNet(Method):
     )
     subjects = ("image",)
     every_token = True
-    tokens: int = 197  # of every image, a class token counted; that of ViT-B/16
+    tokens: PositiveInt = 197  # of every image, a class token counted; that of ViT-B/16
     heads: int | None = None  # slices of channels with a filter each; None: the layer's heads
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise FieldError(self, "tokens", self.tokens, "must be 1 or more", 197)
 
     @classmethod
     def example(cls) -> FFTNet:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, gelu, instance_norm
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.kit.feature_maps import feature_map, laid_back, with_bias
 from heedful.kit.patches import sides
 from heedful.kit.running import wide
@@ -44,17 +46,13 @@ class HyperZZW(Method):
     )
     subjects = ("image",)
     every_token = True
-    side: int = 14  # patches along each side of the image; that of ViT-B/16
+    side: Annotated[int, Ge(2)] = 14  # patches along each side of the image; that of ViT-B/16
     kernels: tuple[int, ...] = (3, 9, 5, 7)  # patches along a side of each local kernel; the authors' code
-    units: int = 32  # channels within the nets that make kernels; the authors' code, 64 for the global one
+    units: PositiveInt = 32  # channels within the nets that make kernels; the authors' code, 64 for the global one
 
     def __post_init__(self) -> None:
-        if self.side < 2:
-            raise FieldError(self, "side", self.side, "must be 2 or more patches", 14)
         if len(set(self.kernels)) < len(self.kernels) or not all(k > 0 and k % 2 for k in self.kernels):
             raise FieldError(self, "kernels", self.kernels, "must be odd numbers of patches, no two alike", (3, 5))
-        if self.units < 1:
-            raise FieldError(self, "units", self.units, "must be 1 or more channels", 32)
 
     @classmethod
     def example(cls) -> HyperZZW:

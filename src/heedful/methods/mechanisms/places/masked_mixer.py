@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.state import ByIndex
 
 
@@ -29,11 +29,7 @@ class MaskedMixer(Method):
         ),
     )
     one_text = True
-    tokens: int = 512  # places that have weights, and so the longest text; the authors: 512
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise FieldError(self, "tokens", self.tokens, "must be 1 or more", 512)
+    tokens: PositiveInt = 512  # places that have weights, and so the longest text; the authors: 512
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, bound = torch.Generator().manual_seed(layer.number), 1 / math.sqrt(self.tokens)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, PositiveInt, RoleName, Site, SiteError, at
 from heedful.kit.feature_maps import drawn
 from heedful.kit.running import wide
 from heedful.kit.seen import softmax_over
@@ -39,14 +39,8 @@ class SkimAttention(Method):
         ),
     )
     subjects = ("image",)
-    size: int = 64  # rows and columns that can be told; the authors: 1024 places
-    page: str = "patches"  # the role whose grid is the layout
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more", 64)
-        if not self.page:
-            raise FieldError(self, "page", self.page, "must name a role", "patches")
+    size: PositiveInt = 64  # rows and columns that can be told; the authors: 1024 places
+    page: RoleName = "patches"  # the role whose grid is the layout
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         if layer.number:

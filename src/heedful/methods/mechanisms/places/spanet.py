@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, NonNegativeFloat, OddInt, Paper, Share, Site, at
 from heedful.kit.feature_maps import feature_map, laid_back, with_bias
 from heedful.kit.running import wide
 
@@ -36,17 +37,11 @@ class SPANet(Method):
     )
     subjects = ("image",)
     every_token = True
-    balances: tuple[float, ...] = (0.7, 0.8, 0.9)  # weight of low frequencies, part by part of the channels; the paper
-    radius: float = 2.0  # waves across the image below which a frequency is low; the paper: 2, in later stages 1
-    kernel: int = 7  # patches along each of the two convolutions; the authors' code: 7
-
-    def __post_init__(self) -> None:
-        if not self.balances or not all(0 <= x <= 1 for x in self.balances):
-            raise FieldError(self, "balances", self.balances, "must be one or more from 0 to 1", (0.7, 0.8, 0.9))
-        if not 0 <= self.radius < math.inf:
-            raise FieldError(self, "radius", self.radius, "must be 0 or more waves, and finite", 2.0)
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 7)
+    # weight of low frequencies, part by part of the channels; the paper
+    balances: Annotated[tuple[Share, ...], MinLen(1)] = (0.7, 0.8, 0.9)
+    # waves across the image below which a frequency is low; the paper: 2, in later stages 1
+    radius: NonNegativeFloat = 2.0
+    kernel: OddInt = 7  # patches along each of the two convolutions; the authors' code: 7
 
     @classmethod
     def example(cls) -> SPANet:

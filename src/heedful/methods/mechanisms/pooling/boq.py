@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, at
 from heedful.kit.feature_maps import with_bias
 from heedful.kit.patches import patch_tokens, whole_image
 from heedful.methods.mechanisms.pooling._attending import Weights, attended, attending, norm, normed, through
@@ -36,13 +36,8 @@ class BoQ(Method):
     )
     subjects = ("image",)
     every_token = True
-    queries: int = 64  # in each bag; the paper: 64
-    blocks: int = 2  # L, each with a bag; the paper: 2
-
-    def __post_init__(self) -> None:
-        for name, good in (("queries", 64), ("blocks", 2)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", good)
+    queries: PositiveInt = 64  # in each bag; the paper: 64
+    blocks: PositiveInt = 2  # L, each with a bag; the paper: 2
 
     @classmethod
     def example(cls) -> BoQ:

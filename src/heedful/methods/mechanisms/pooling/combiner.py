@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.kit.feature_maps import drawn
 from heedful.kit.running import text_keys, wide
 from heedful.kit.seen import softmax_over
@@ -34,11 +34,8 @@ class Combiner(Method):
     )
     subjects = ("text", "image")
     every_token = True
-    size: int = 64  # tokens of a block; the square root of a text's length costs least; the authors: 128 of 2048
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more tokens", 64)
+    # tokens of a block; the square root of a text's length costs least; the authors: 128 of 2048
+    size: PositiveInt = 64
 
     @classmethod
     def example(cls) -> Combiner:

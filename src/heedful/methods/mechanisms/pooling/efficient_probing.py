@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, PositiveInt, Site, at
 from heedful.kit.feature_maps import drawn
 from heedful.kit.patches import patch_tokens, whole_image
 
@@ -36,11 +36,7 @@ class EfficientProbing(Method):
     )
     subjects = ("image",)
     every_token = True
-    queries: int = 32  # learned queries; the authors: 32 and others
-
-    def __post_init__(self) -> None:
-        if self.queries < 1:
-            raise FieldError(self, "queries", self.queries, "must be 1 or more", 32)
+    queries: PositiveInt = 32  # learned queries; the authors: 32 and others
 
     @classmethod
     def example(cls) -> EfficientProbing:

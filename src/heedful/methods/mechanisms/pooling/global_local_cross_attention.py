@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at, reads
+from heedful.authoring import Call, Layer, Method, Paper, PositiveShare, Site, at, reads
 from heedful.kit.feature_maps import with_bias
 from heedful.kit.patches import patch_tokens, whole_image
 from heedful.methods.mechanisms.pooling._attending import attended, attending, norm, normed, through
@@ -40,11 +40,7 @@ class GlobalLocalCrossAttention(Method):
     )
     subjects = ("image",)
     whole_map = True
-    share: float = 0.1  # of the patches that ask; the paper: 0.1, and 0.3 to know persons and cars again
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must be above 0 and at most 1", 0.1)
+    share: PositiveShare = 0.1  # of the patches that ask; the paper: 0.1, and 0.3 to know persons and cars again
 
     @classmethod
     def example(cls) -> GlobalLocalCrossAttention:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, layer_norm
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Mask, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.kit.chosen import Shown
 from heedful.kit.patches import patch_tokens, require_divides, sides, whole_image
 
@@ -39,11 +39,7 @@ class GlobalSubsampledAttention(Method):
         ),
     )
     subjects = ("image",)
-    stride: int = 2  # patches along a side of a window that is summed up; Twins: 8, 4, 2 and 1, by stage
-
-    def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise FieldError(self, "stride", self.stride, "must be 1 or more patches", 2)
+    stride: PositiveInt = 2  # patches along a side of a window that is summed up; Twins: 8, 4, 2 and 1, by stage
 
     @classmethod
     def neutral(cls) -> GlobalSubsampledAttention:

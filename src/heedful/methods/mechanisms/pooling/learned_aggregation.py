@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveFloat, Site, at
 from heedful.kit.feature_maps import drawn
 from heedful.kit.patches import patch_tokens, whole_image
 
@@ -39,13 +39,8 @@ class LearnedAggregation(Method):
     )
     subjects = ("image",)
     every_token = True
-    inner: float = 3.0  # width of the feed-forward part, times that of tokens; the authors: 3
-    scale: float = 1e-4  # of what is added, before training; the authors: 1e-4, in deep or wide models 1e-6
-
-    def __post_init__(self) -> None:
-        for name, good in (("inner", 3.0), ("scale", 1e-4)):
-            if not 0 < getattr(self, name) < math.inf:
-                raise FieldError(self, name, getattr(self, name), "must be above 0 and finite", good)
+    inner: PositiveFloat = 3.0  # width of the feed-forward part, times that of tokens; the authors: 3
+    scale: PositiveFloat = 1e-4  # of what is added, before training; the authors: 1e-4, in deep or wide models 1e-6
 
     @classmethod
     def example(cls) -> LearnedAggregation:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveFloat, PositiveInt, RoleName
 from heedful.core.sites import Site, at
 
 
@@ -37,17 +36,9 @@ class NestedAttention(Method):
     )
     whole_map = True
     subjects = ("cross",)
-    tokens: int = 8  # of the subject in each layer; 1 is a value like any other word's
-    role: str = "subject"  # the word that stands for it, among the keys
-    spread: float = 0.02  # standard deviation of what is learnt at the start
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise FieldError(self, "tokens", self.tokens, "must be 1 or more", 8)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "subject")
-        if not 0 < self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be above 0 and finite", 0.02)
+    tokens: PositiveInt = 8  # of the subject in each layer; 1 is a value like any other word's
+    role: RoleName = "subject"  # the word that stands for it, among the keys
+    spread: PositiveFloat = 0.02  # standard deviation of what is learnt at the start
 
     @classmethod
     def example(cls) -> NestedAttention:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 
 LEAST = 1e-8  # added to every weight before it is divided by a slot's sum; the authors' code
 EPS = 1e-3  # of the norms; that of the authors' library
@@ -35,14 +35,9 @@ class SlotAttention(Method):
         ),
     )
     subjects = ("image",)
-    slots: int = 7  # the paper: 7 on CLEVR6
-    rounds: int = 3  # the paper: 3
-    units: int = 128  # width of the MLP; the paper: 128
-
-    def __post_init__(self) -> None:
-        for name in ("slots", "rounds", "units"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(SlotAttention, name))
+    slots: PositiveInt = 7  # the paper: 7 on CLEVR6
+    rounds: PositiveInt = 3  # the paper: 3
+    units: PositiveInt = 128  # width of the MLP; the paper: 128
 
     @classmethod
     def example(cls) -> SlotAttention:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, at
 from heedful.core.positions import spread_heads
 from heedful.kit.feature_maps import drawn, with_bias
 from heedful.kit.running import wide
@@ -37,13 +37,8 @@ class GMMAttention(Method):
         ),
     )
     subjects = ("cross",)
-    components: int = 5  # Gaussians a head; the paper: 5
-    units: int = 128  # of the net that moves them; the paper: 128
-
-    def __post_init__(self) -> None:
-        for name, what, good in (("components", "Gaussians", 5), ("units", "units", 128)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), f"must be 1 or more {what}", good)
+    components: PositiveInt = 5  # Gaussians a head; the paper: 5
+    units: PositiveInt = 128  # of the net that moves them; the paper: 128
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, h, n = torch.Generator().manual_seed(layer.number), layer.heads, self.units

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, layer_norm, pad, silu, softplus
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.kit.feature_maps import drawn, feature_map, laid_back, with_bias
 from heedful.kit.patches import sides
 from heedful.kit.running import wide
@@ -46,20 +46,14 @@ class LaMamba(Method):
     )
     subjects = ("image",)
     every_token = True
-    window: int = 8  # patches along a side; the authors' code: 8
+    window: PositiveInt = 8  # patches along a side; the authors' code: 8
     shift: int = 0  # patches before the first whole window, if there are more; the authors: half a window, in turns
-    state: int = 16  # numbers that each scanned channel remembers; the authors' code: 16, their XL model: 1
-    ratio: int = 2  # channels scanned, for each of the model's; the authors' code: 2
+    state: PositiveInt = 16  # numbers that each scanned channel remembers; the authors' code: 16, their XL model: 1
+    ratio: PositiveInt = 2  # channels scanned, for each of the model's; the authors' code: 2
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise FieldError(self, "window", self.window, "must be 1 or more patches", 8)
         if not 0 <= self.shift < self.window:
             raise FieldError(self, "shift", self.shift, "must be 0 or more, and less than the window", self.window // 2)
-        if self.state < 1:
-            raise FieldError(self, "state", self.state, "must be 1 or more numbers", 16)
-        if self.ratio < 1:
-            raise FieldError(self, "ratio", self.ratio, "must be 1 or more", 2)
 
     @classmethod
     def example(cls) -> LaMamba:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at, penalises
+from heedful.authoring import Call, Method, NonNegativeFloat, Paper, PositiveInt, Site, at, penalises
 from heedful.methods.mechanisms.recurrent._walk import looked_last, remember
 
 
@@ -38,14 +36,8 @@ class LatentMonotonicAttention(Method):
     whole_map = True
     causal = False  # in training the likeliest path is that of all that is written
     subjects = ("cross",)
-    window: int = 10  # places, half of them before the one a token has come to; the authors: 10
-    weight: float = 0.1  # of -log p(t | before) in training, per token; the authors: 0.1
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise FieldError(self, "window", self.window, "must be 1 or more places", 10)
-        if not 0 <= self.weight < math.inf:
-            raise FieldError(self, "weight", self.weight, "must be 0 or more, and finite", 0.1)
+    window: PositiveInt = 10  # places, half of them before the one a token has come to; the authors: 10
+    weight: NonNegativeFloat = 0.1  # of -log p(t | before) in training, per token; the authors: 0.1
 
     @classmethod
     def example(cls) -> LatentMonotonicAttention:

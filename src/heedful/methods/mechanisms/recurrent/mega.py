@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.methods.mechanisms.recurrent._averages import averaged, goes_on, looks, parameters_of
 
 
@@ -30,14 +30,9 @@ class Mega(Method):
             "Weights are drawn by a generator seeded by the layer's number; nothing is dropped in training.",
         ),
     )
-    shared: int = 64  # z, channels that queries and keys are made of; the paper's language models: 128 to 256
-    averages: int = 16  # of each channel; the authors' code: 16 for language
-    reach: int = 128  # distances with a bias of their own
-
-    def __post_init__(self) -> None:
-        for name in ("shared", "averages", "reach"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(Mega, name))
+    shared: PositiveInt = 64  # z, channels that queries and keys are made of; the paper's language models: 128 to 256
+    averages: PositiveInt = 16  # of each channel; the authors' code: 16 for language
+    reach: PositiveInt = 128  # distances with a bias of their own
 
     @classmethod
     def example(cls) -> Mega:

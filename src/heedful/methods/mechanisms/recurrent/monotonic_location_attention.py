@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, Site, at
 from heedful.core.positions import spread_heads
 from heedful.kit.running import wide
 from heedful.methods.mechanisms.recurrent._walk import looked_last, remember, seen
@@ -37,11 +38,7 @@ class MonotonicLocationAttention(Method):
         ),
     )
     subjects = ("cross",)
-    steps: str = "any"  # how far a token may go on: "any" number of places, or at most "one"
-
-    def __post_init__(self) -> None:
-        if self.steps not in STEPS:
-            raise FieldError(self, "steps", self.steps, "must be 'any' or 'one'", "any")
+    steps: Literal["any", "one"] = "any"  # how far a token may go on: "any" number of places, or at most "one"
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, shape = torch.Generator().manual_seed(layer.number), (layer.heads, layer.head_dim)

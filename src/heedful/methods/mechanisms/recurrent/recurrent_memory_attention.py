@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.positions import spread_heads
 from heedful.core.state import Until
 from heedful.kit.running import grouped, past_keys, text_keys, wide
@@ -32,15 +32,11 @@ class RecurrentMemoryAttention(Method):
             "The paper's sizes, but for its chunks of 512 tokens, are not known here.",
         ),
     )
-    chunk: int = 512  # tokens of a chunk; the paper's
-    window: int = 64  # tokens of a window, of which a chunk has several side by side
-    slots: int = 32  # of the memory
+    chunk: PositiveInt = 512  # tokens of a chunk; the paper's
+    window: PositiveInt = 64  # tokens of a window, of which a chunk has several side by side
+    slots: PositiveInt = 32  # of the memory
 
     def __post_init__(self) -> None:
-        for name, unit in (("chunk", "tokens"), ("window", "tokens"), ("slots", "slots")):
-            if getattr(self, name) < 1:
-                default = getattr(RecurrentMemoryAttention, name)
-                raise FieldError(self, name, getattr(self, name), f"must be 1 or more {unit}", default)
         if self.chunk % self.window:
             rule = f"must divide the chunk's {self.chunk} tokens"
             raise FieldError(self, "window", self.window, rule, self.chunk)

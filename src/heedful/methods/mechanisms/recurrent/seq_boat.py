@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.methods.mechanisms.recurrent._averages import averaged, goes_on, looks, parameters_of
 
 
@@ -33,15 +33,12 @@ class SeqBoat(Method):
             "normal, and not cut off at two deviations. Nothing is dropped in training.",
         ),
     )
-    shared: int = 64  # channels that queries and keys are made of; the authors: 64 on long ranges, 128 for language
-    averages: int = 16  # of each channel; the authors: 16
-    window: int = 256  # tokens that attend, back from each, that it sees besides itself; the authors: 128 to 1024
-    reach: int = 1024  # distances with a bias of their own; the authors: 1024
-
-    def __post_init__(self) -> None:
-        for name in ("shared", "averages", "window", "reach"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(SeqBoat, name))
+    # channels that queries and keys are made of; the authors: 64 on long ranges, 128 for language
+    shared: PositiveInt = 64
+    averages: PositiveInt = 16  # of each channel; the authors: 16
+    # tokens that attend, back from each, that it sees besides itself; the authors: 128 to 1024
+    window: PositiveInt = 256
+    reach: PositiveInt = 1024  # distances with a bias of their own; the authors: 1024
 
     @classmethod
     def example(cls) -> SeqBoat:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveFloat, Site, at
 from heedful.kit.running import Running, grouped, wide
 
 KEEPS = 4.0  # what a gate's sigmoid begins with: 98 % of a memory stays
@@ -35,11 +33,7 @@ class Yaad(Method):
             "Written from the paper's formulas as others restate them; the authors' code was not at hand.",
         ),
     )
-    sharp: float = 10.0  # the sign of x is tanh(sharp x); the paper: large
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sharp < math.inf:
-            raise FieldError(self, "sharp", self.sharp, "must be above 0 and finite", 10.0)
+    sharp: PositiveFloat = 10.0  # the sign of x is tanh(sharp x); the paper: large
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         start = torch.tensor([KEEPS, 0.0, 0.0]).expand(layer.kv_heads, 3)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Mask, Method, OddInt, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.rules import Parts
 from heedful.kit.chosen import SPARSE, Reached
 from heedful.kit.patches import patch_tokens, require_divides, sides, whole_image
@@ -34,17 +34,9 @@ class BiLevelRoutingAttention(Method):
         ),
     )
     subjects = ("image",)
-    regions: int = 7  # along each side; the paper: 7
-    keep: int = 4  # regions that a region sees; the paper: 1 to all, by stage
-    kernel: int = 5  # patches along a side of the convolution of values; the paper: 5
-
-    def __post_init__(self) -> None:
-        if self.regions < 1:
-            raise FieldError(self, "regions", self.regions, "must be 1 or more along each side", 7)
-        if self.keep < 1:
-            raise FieldError(self, "keep", self.keep, "must be 1 or more regions", 4)
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 5)
+    regions: PositiveInt = 7  # along each side; the paper: 7
+    keep: PositiveInt = 4  # regions that a region sees; the paper: 1 to all, by stage
+    kernel: OddInt = 5  # patches along a side of the convolution of values; the paper: 5
 
     @classmethod
     def example(cls) -> BiLevelRoutingAttention:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Mask, Method, NonNegativeInt, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.flags import whole
 from heedful.core.positions import taken
 from heedful.core.rules import Arranged
@@ -41,14 +41,10 @@ class BOAT(Method):
         ),
     )
     subjects = ("image",)
-    halvings: int = 2  # how often all patches are halved; the published code: until 49 are left, of 14 x 14 twice
-    overlap: int = 20  # patches of the other half that are seen too, those nearest to the cut; the published code: 20
-
-    def __post_init__(self) -> None:
-        if self.halvings < 1:
-            raise FieldError(self, "halvings", self.halvings, "must be 1 or more", 2)
-        if self.overlap < 0:
-            raise FieldError(self, "overlap", self.overlap, "must be 0 or more patches", 20)
+    # how often all patches are halved; the published code: until 49 are left, of 14 x 14 twice
+    halvings: PositiveInt = 2
+    # patches of the other half that are seen too, those nearest to the cut; the published code: 20
+    overlap: NonNegativeInt = 20
 
     @classmethod
     def example(cls) -> BOAT:

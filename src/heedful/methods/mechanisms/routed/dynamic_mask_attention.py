@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, adds, at
+from heedful.authoring import (
+    Call,
+    Layer,
+    Mask,
+    Method,
+    NonNegativeFloat,
+    Paper,
+    PositiveInt,
+    Site,
+    SiteError,
+    adds,
+    at,
+)
 from heedful.core.flags import at_least, both, whole
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen, Reached
@@ -47,17 +57,9 @@ class DynamicMaskAttention(Method):
             ),
         ),
     )
-    keep: int = 2048  # keys that a query sees; the authors' code: 2048
+    keep: PositiveInt = 2048  # keys that a query sees; the authors' code: 2048
     start: float = 0.0  # a at the start; the authors' code: 0
-    spread: float = 0.02  # standard deviation of W at the start; the authors' code: 0.02
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise FieldError(self, "keep", self.keep, "must be 1 or more keys", 2048)
-        if not math.isfinite(self.start):
-            raise FieldError(self, "start", self.start, "must be a finite number", 0.0)
-        if not 0 <= self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be 0 or more", 0.02)
+    spread: NonNegativeFloat = 0.02  # standard deviation of W at the start; the authors' code: 0.02
 
     @classmethod
     def example(cls) -> DynamicMaskAttention:

@@ -8,7 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, at, penalises, reads
+from heedful.authoring import (
+    Call,
+    FieldError,
+    Layer,
+    Mask,
+    Method,
+    NonNegativeFloat,
+    Paper,
+    PositiveInt,
+    ShareBelowOne,
+    Site,
+    at,
+    penalises,
+    reads,
+)
 from heedful.kit.chosen import Chosen
 from heedful.kit.feature_maps import drawn
 from heedful.kit.patches import patch_tokens, sides, whole_image
@@ -42,20 +56,10 @@ class IFAM(Method):
         ),
     )
     subjects = ("image",)
-    stage: int = 6  # layers of the first stage; half of ViT-B/16
-    parts: int = 8  # that may be found, beside the background; the authors' code: 8
-    drop: float = 0.3  # share of parts that are not seen in a step of training; the authors' code: 0.3
-    shape: float = 1.0  # of the losses that shape parts, beside the answer's; the authors' code: 1
-
-    def __post_init__(self) -> None:
-        if self.stage < 1:
-            raise FieldError(self, "stage", self.stage, "must be 1 or more layers", 6)
-        if self.parts < 1:
-            raise FieldError(self, "parts", self.parts, "must be 1 or more", 8)
-        if not 0 <= self.drop < 1:
-            raise FieldError(self, "drop", self.drop, "must be 0 or more and below 1", 0.3)
-        if not 0 <= self.shape < float("inf"):
-            raise FieldError(self, "shape", self.shape, "must be 0 or more and finite", 1.0)
+    stage: PositiveInt = 6  # layers of the first stage; half of ViT-B/16
+    parts: PositiveInt = 8  # that may be found, beside the background; the authors' code: 8
+    drop: ShareBelowOne = 0.3  # share of parts that are not seen in a step of training; the authors' code: 0.3
+    shape: NonNegativeFloat = 1.0  # of the losses that shape parts, beside the answer's; the authors' code: 1
 
     @classmethod
     def example(cls) -> IFAM:

@@ -11,11 +11,11 @@ from torch import Tensor
 from heedful.authoring import (
     Call,
     Description,
-    FieldError,
     HeadMap,
     Mask,
     Mean,
     Method,
+    NonNegativeInt,
     Paper,
     Readings,
     Site,
@@ -75,15 +75,9 @@ class InjectedPatterns(Method):
             "pattern heads beside it (projected attention layers) are not added.",
         ),
     )
-    heads: int = 4  # of each layer, from the first on; the paper: 4 to 12 of 12
-    ends: tuple[int, ...] = (102,)  # tokens that end a sentence; [SEP] of the paper's models
+    heads: NonNegativeInt = 4  # of each layer, from the first on; the paper: 4 to 12 of 12
+    ends: tuple[NonNegativeInt, ...] = (102,)  # tokens that end a sentence; [SEP] of the paper's models
     relevance: bool = False  # whether the heads' weight on each pattern is told
-
-    def __post_init__(self) -> None:
-        if self.heads < 0:
-            raise FieldError(self, "heads", self.heads, "must be 0 or more of each layer's", 4)
-        if any(end < 0 for end in self.ends):
-            raise FieldError(self, "ends", self.ends, "must be numbers of tokens from 0 up", (102,))
 
     @classmethod
     def neutral(cls) -> InjectedPatterns:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, Causal, FieldError, Layer, Mask, Paper, Rule, Site, at
+from heedful.authoring import Call, Causal, Layer, Mask, NonNegativeFloat, Paper, RoleName, Rule, Site, at
 from heedful.core.positions import Pairs
 from heedful.core.regions import Region, by_text, span_of
 from heedful.methods.mechanisms.routed._beside import Beside, sizes
@@ -49,14 +48,8 @@ class LlamaFusion(Beside):
     one_text = True
     causal = False  # an image is seen both ways
     chunk_invariant = False  # by what of it is there
-    role: str = "image"  # names the tokens of images
-    spread: float = 0.0  # standard deviation of what images add to the weights, at the start; the authors: 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be 0 or more, and finite", 0.0)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "image")
+    role: RoleName = "image"  # names the tokens of images
+    spread: NonNegativeFloat = 0.0  # standard deviation of what images add to the weights, at the start; the authors: 0
 
     @classmethod
     def example(cls) -> LlamaFusion:

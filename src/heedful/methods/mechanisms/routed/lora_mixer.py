@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Paper, Site, penalises
+from heedful.authoring import Call, FieldError, Layer, NonNegativeFloat, Paper, PositiveInt, Site, penalises
 from heedful.kit.feature_maps import drawn
 from heedful.methods.mechanisms.routed._beside import Beside, sizes
 
@@ -38,22 +36,16 @@ class LoRAMixer(Beside):
             "too, there are no queries to add to.",
         ),
     )
-    experts: int = 4
-    rank: int = 8  # of an expert
-    best: int = 2  # experts that a token has
-    scale: float = 2.0  # factor on what experts add
-    weight: float = 0.01  # of the loss for balance and specialisation
-    spread: float = 0.0  # standard deviation of B at the start; as in LoRA: 0
+    experts: PositiveInt = 4
+    rank: PositiveInt = 8  # of an expert
+    best: PositiveInt = 2  # experts that a token has
+    scale: NonNegativeFloat = 2.0  # factor on what experts add
+    weight: NonNegativeFloat = 0.01  # of the loss for balance and specialisation
+    spread: NonNegativeFloat = 0.0  # standard deviation of B at the start; as in LoRA: 0
 
     def __post_init__(self) -> None:
-        for name in ("experts", "rank", "best"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(LoRAMixer, name))
         if self.best > self.experts:
             raise FieldError(self, "best", self.best, f"must be no more than {self.experts} experts", self.experts)
-        for name in ("scale", "weight", "spread"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more, and finite", 1.0)
 
     @classmethod
     def example(cls) -> LoRAMixer:

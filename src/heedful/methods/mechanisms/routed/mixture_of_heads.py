@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at, penalises
+from heedful.authoring import (
+    Call,
+    Layer,
+    Method,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Paper,
+    PositiveInt,
+    Site,
+    SiteError,
+    at,
+    penalises,
+)
 
 
 class MixtureOfHeads(Method):
@@ -32,17 +44,9 @@ class MixtureOfHeads(Method):
             "measured in heads used.",
         ),
     )
-    shared: int = 1  # heads that are always on, the first ones; the paper has 2 of 12 to 16 of 32
-    routed: int = 2  # heads that each token chooses among the others
-    balance: float = 0.01  # weight of the load-balance loss, a mean over layers; the paper's default
-
-    def __post_init__(self) -> None:
-        if self.shared < 0:
-            raise FieldError(self, "shared", self.shared, "must be 0 or more heads", 1)
-        if self.routed < 1:
-            raise FieldError(self, "routed", self.routed, "must be 1 or more heads", 2)
-        if self.balance < 0:
-            raise FieldError(self, "balance", self.balance, "must be 0 or above", 0.01)
+    shared: NonNegativeInt = 1  # heads that are always on, the first ones; the paper has 2 of 12 to 16 of 32
+    routed: PositiveInt = 2  # heads that each token chooses among the others
+    balance: NonNegativeFloat = 0.01  # weight of the load-balance loss, a mean over layers; the paper's default
 
     @classmethod
     def example(cls) -> MixtureOfHeads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.authoring import Call, Mask, Method, Paper, PositiveInt, Site, at
 from heedful.core.flags import both, either
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen, by_block
@@ -32,14 +32,9 @@ class MoBA(Method):
         ),
     )
     one_text = True
-    size: int = 512  # keys a block; the paper's scaling laws: 512
-    blocks: int = 3  # blocks that a query sees, its own among them; the paper's scaling laws: 3
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more keys", 512)
-        if self.blocks < 1:
-            raise FieldError(self, "blocks", self.blocks, "must be 1 or more, the query's own counted", 3)
+    size: PositiveInt = 512  # keys a block; the paper's scaling laws: 512
+    # blocks that a query sees, its own among them; the paper's scaling laws: 3
+    blocks: PositiveInt = 3
 
     @classmethod
     def example(cls) -> MoBA:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Mask, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.flags import both
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Reached, meeting
@@ -41,11 +41,7 @@ class MoSA(Method):
     subjects = ("text", "image")
     causal = False
     chunk_invariant = False
-    sparsity: int = 16  # tokens of a text to each that a head chooses; the paper: 2 to 256
-
-    def __post_init__(self) -> None:
-        if self.sparsity < 1:
-            raise FieldError(self, "sparsity", self.sparsity, "must be 1 or more tokens to each chosen", 16)
+    sparsity: PositiveInt = 16  # tokens of a text to each that a head chooses; the paper: 2 to 256
 
     @classmethod
     def example(cls) -> MoSA:

@@ -8,7 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from heedful.authoring import CachedKV, Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError
+from heedful.authoring import (
+    CachedKV,
+    Call,
+    Layer,
+    Mask,
+    Method,
+    NonNegativeFloat,
+    Paper,
+    PositiveInt,
+    Site,
+    SiteError,
+)
 from heedful.core.flags import at_least, both, either, numbers, same, traced
 from heedful.core.positions import spread_heads
 from heedful.core.sites import at, penalises, reads
@@ -47,15 +58,9 @@ class NeuralAttentionSearch(Method):
             "Where softmax has a learned sink, its share in training is what it has over all keys.",
         ),
     )
-    window: int = 16  # tokens after it that see one that is kept for a window; the authors: 16, fine-tuning 256
-    sparsity: float = 5e-7  # of a token's loss by the share of the text that sees it; the authors: 0 to 5e-7
+    window: PositiveInt = 16  # tokens after it that see one that is kept for a window; the authors: 16, fine-tuning 256
+    sparsity: NonNegativeFloat = 5e-7  # of a token's loss by the share of the text that sees it; the authors: 0 to 5e-7
     seed: int = 0  # of the types drawn in training
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise FieldError(self, "window", self.window, "must be 1 or more tokens", 16)
-        if not 0 <= self.sparsity < math.inf:
-            raise FieldError(self, "sparsity", self.sparsity, "must be 0 or more", 5e-7)
 
     @classmethod
     def example(cls) -> NeuralAttentionSearch:

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, one_hot
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import (
+    Call,
+    Layer,
+    Mask,
+    Method,
+    Paper,
+    PositiveInt,
+    ShareBelowOne,
+    Site,
+    SiteError,
+    at,
+)
 from heedful.core.flags import either, meets
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Reached, meeting
@@ -48,14 +59,8 @@ class RoutingTransformer(Method):
     subjects = ("text", "image")
     causal = False
     chunk_invariant = False
-    clusters: int = 16  # of a head; a text's tokens to each are what a cluster takes
-    decay: float = 0.999  # of the means, in each call of training; the authors' code: 0.999
-
-    def __post_init__(self) -> None:
-        if self.clusters < 1:
-            raise FieldError(self, "clusters", self.clusters, "must be 1 or more", 16)
-        if not 0 <= self.decay < 1:
-            raise FieldError(self, "decay", self.decay, "must be 0 or more, and below 1", 0.999)
+    clusters: PositiveInt = 16  # of a head; a text's tokens to each are what a cluster takes
+    decay: ShareBelowOne = 0.999  # of the means, in each call of training; the authors' code: 0.999
 
     @classmethod
     def example(cls) -> RoutingTransformer:

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.authoring import CachedKV, Call, Causal, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import (
+    CachedKV,
+    Call,
+    Causal,
+    Layer,
+    Mask,
+    Method,
+    Paper,
+    PositiveInt,
+    Site,
+    SiteError,
+    at,
+)
 from heedful.core.flags import at_least, whole
 from heedful.core.mask import Padding
 from heedful.core.positions import spread_heads
@@ -46,11 +58,7 @@ class SparseK(Method):
         ),
     )
     subjects = ("text", "image")
-    keep: int = 512  # keys that a query sees, the k of the paper
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise FieldError(self, "keep", self.keep, "must be 1 or more keys", 512)
+    keep: PositiveInt = 512  # keys that a query sees, the k of the paper
 
     @classmethod
     def example(cls) -> SparseK:

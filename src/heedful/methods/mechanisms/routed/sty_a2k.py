@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, at
 from heedful.kit.patches import patch_keys, patch_tokens, require_divides, sides
 from heedful.kit.running import wide
 
@@ -36,11 +36,7 @@ class StyA2K(Method):
         ),
     )
     subjects = ("image",)
-    region: int = 8  # patches along a side; the authors' code: 8, and 4 in the deepest layer
-
-    def __post_init__(self) -> None:
-        if self.region < 1:
-            raise FieldError(self, "region", self.region, "must be 1 or more patches", 8)
+    region: PositiveInt = 8  # patches along a side; the authors' code: 8, and 4 in the deepest layer
 
     @classmethod
     def example(cls) -> StyA2K:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, Method, NonNegativeFloat, Paper, Site, at
 
 
 class AttentionAT(Method):
@@ -33,11 +33,7 @@ class AttentionAT(Method):
         ),
     )
     whole_map = True
-    size: float = 1.0  # norm of what is added to a row of scores; the authors search for it, task by task
-
-    def __post_init__(self) -> None:
-        if self.size < 0:
-            raise FieldError(self, "size", self.size, "must be 0 or more", 1.0)
+    size: NonNegativeFloat = 1.0  # norm of what is added to a row of scores; the authors search for it, task by task
 
     @classmethod
     def neutral(cls) -> AttentionAT:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, SiteError, adds
+from heedful.authoring import Call, FieldError, Method, Paper, PositiveFloat, SiteError, adds
 
 
 class ContinuumAttention(Method):
@@ -29,12 +31,8 @@ class ContinuumAttention(Method):
             "One grid serves all texts of a batch: make a value for each grid, and attach it to the same model.",
         ),
     )
-    weights: tuple[float, ...] = (1.0,)  # of each sample, in the order of the tokens; only their ratios count
-
-    def __post_init__(self) -> None:
-        if not self.weights or min(self.weights) <= 0 or max(self.weights) == math.inf:
-            rule = "must be one or more weights above 0, and finite"
-            raise FieldError(self, "weights", self.weights, rule, (0.5, 1.0, 0.5))
+    # of each sample, in the order of the tokens; only their ratios count
+    weights: Annotated[tuple[PositiveFloat, ...], MinLen(1)] = (1.0,)
 
     @classmethod
     def of(cls, places: Sequence[float]) -> ContinuumAttention:

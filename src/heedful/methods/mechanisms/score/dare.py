@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, NonNegativeFloat, Paper, PositiveInt, Site, at
 from heedful.core.positions import Positions
 from heedful.kit.told import at_places, token_ids
 
@@ -31,16 +31,9 @@ class DARE(Method):
             "A table for each key head; the authors have one head.",
         ),
     )
-    vocabulary: int = 32_000  # tokens that there are
-    width: int = 8  # numbers a token and head; no more than a head is wide
-    spread: float = 1.0  # standard deviation of the table at the start; torch's own: 1
-
-    def __post_init__(self) -> None:
-        for name, good in (("vocabulary", 32_000), ("width", 8)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", good)
-        if not 0 <= self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be 0 or more, and finite", 1.0)
+    vocabulary: PositiveInt = 32_000  # tokens that there are
+    width: PositiveInt = 8  # numbers a token and head; no more than a head is wide
+    spread: NonNegativeFloat = 1.0  # standard deviation of the table at the start; torch's own: 1
 
     @classmethod
     def example(cls) -> DARE:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.flags import both, lowered, zeroed
 from heedful.kit.running import wide
 from heedful.kit.told import of_keys
@@ -38,14 +38,9 @@ class DualAttention(Method):
         ),
     )
     subjects = ("text", "image")
-    heads: int = 2  # relational ones of a layer; of fewer heads all are
-    relations: int = 2  # products that tell of two tokens; the authors: as many as relational heads
-    symbols: int = 16  # of the library
-
-    def __post_init__(self) -> None:
-        for name, good in (("heads", 2), ("relations", 2), ("symbols", 16)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", good)
+    heads: PositiveInt = 2  # relational ones of a layer; of fewer heads all are
+    relations: PositiveInt = 2  # products that tell of two tokens; the authors: as many as relational heads
+    symbols: PositiveInt = 16  # of the library
 
     @classmethod
     def example(cls) -> DualAttention:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, adds_by_distance
+from heedful.authoring import Call, Layer, Method, NonNegativeFloat, NonNegativeInt, Paper, adds_by_distance
 from heedful.kit.running import wide
 
 
@@ -30,16 +28,9 @@ class EdgePrior(Method):
         ),
     )
     subjects = ("text", "encoder-decoder")
-    decay: float = 0.0  # what the log prior loses with each token of distance; 0: it is even
-    learned: int = (
-        128  # distances with a learned log prior in each head, the last for all beyond; 0: the prior is fixed
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < math.inf:
-            raise FieldError(self, "decay", self.decay, "must be 0 or more, and finite", 0.1)
-        if self.learned < 0:
-            raise FieldError(self, "learned", self.learned, "must be 0 or more distances", 128)
+    decay: NonNegativeFloat = 0.0  # what the log prior loses with each token of distance; 0: it is even
+    # distances with a learned log prior in each head, the last for all beyond; 0: the prior is fixed
+    learned: NonNegativeInt = 128
 
     @classmethod
     def neutral(cls) -> EdgePrior:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, NonNegativeFloat, Paper, Site, SiteError, at
 
 WAYS = ("product", "sum")
 
@@ -34,14 +34,9 @@ class MHE(Method):
         ),
     )
     subjects = ("text", "image")
-    by: str = "product"  # "product" is the paper's MHE-MUL, "sum" its MHE-ADD, whose keys a softmax cannot tell apart
-    spread: float = 0.02  # standard deviation of embeddings at the start; as BERT's
-
-    def __post_init__(self) -> None:
-        if self.by not in WAYS:
-            raise FieldError(self, "by", self.by, f"must be one of {', '.join(WAYS)}", "product")
-        if not 0 <= self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be 0 or more", 0.02)
+    # "product" is the paper's MHE-MUL, "sum" its MHE-ADD, whose keys a softmax cannot tell apart
+    by: Literal["product", "sum"] = "product"
+    spread: NonNegativeFloat = 0.02  # standard deviation of embeddings at the start; as BERT's
 
     @classmethod
     def example(cls) -> MHE:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, RoleName, Site, at
 
 IMAGE, TEXT = KINDS = range(2)
 AWAY = 1e-6  # from zero, what a key is moved by before its length is taken; the authors' code
@@ -42,14 +40,8 @@ class MODA(Method):
     one_text = True
     causal = False  # keys of an image are told by what is read behind it
     chunk_invariant = False  # by what is read in one call
-    role: str = "image"  # names the tokens of images
+    role: RoleName = "image"  # names the tokens of images
     ratio: float = 0.0  # r at the start, alike for all channels; the authors: 0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.ratio):
-            raise FieldError(self, "ratio", self.ratio, "must be finite", 0.0)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "image")
 
     @classmethod
     def example(cls) -> MODA:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, NonNegativeFloat, Paper, PositiveInt, Site, at
 from heedful.core.positions import spread_heads
 from heedful.kit.seen import only_seen
 
@@ -41,10 +39,11 @@ class MultiTokenAttention(Method):
     )
     one_text = True
     before: Kernel | None = (6, 11)  # kernel on the scores; the authors: (6, 11), on their toy task (2, 9)
-    groups_before: int | None = None  # groups of heads mixed before the softmax; the authors' code: 1, of all heads
+    # groups of heads mixed before the softmax; the authors' code: 1, of all heads
+    groups_before: PositiveInt | None = None
     after: Kernel | None = None  # kernel on the weights; the authors' code: (6, 11)
-    groups_after: int | None = 1  # groups of heads mixed after the softmax; the authors' code: 1, of all heads
-    spread: float = 0.0  # standard deviation of the kernels around the identity at the start; the authors: 0
+    groups_after: PositiveInt | None = 1  # groups of heads mixed after the softmax; the authors' code: 1, of all heads
+    spread: NonNegativeFloat = 0.0  # standard deviation of the kernels around the identity at the start; the authors: 0
 
     def __post_init__(self) -> None:
         for name in ("before", "after"):
@@ -52,12 +51,6 @@ class MultiTokenAttention(Method):
             if kernel is not None and (min(kernel) < 1 or kernel[1] % 2 == 0):
                 rule = "must be 1 or more query rows and an odd number of key columns"
                 raise FieldError(self, name, kernel, rule, (6, 11))
-        for name in ("groups_before", "groups_after"):
-            groups = getattr(self, name)
-            if groups is not None and groups < 1:
-                raise FieldError(self, name, groups, "must be 1 or more groups, or None", 1)
-        if not 0 <= self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be 0 or more", 0.1)
 
     @classmethod
     def neutral(cls) -> MultiTokenAttention:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, Site, at
 from heedful.kit.tile_scores import biased, operands
 
 
@@ -36,11 +37,8 @@ class NeuralAttention(Method):
     forbids: ClassVar[dict[str, str]] = {
         "MultiTokenAttention": "it looks at rows of earlier calls, and a net scores the call's own queries alone"
     }
-    width: int = 2  # of the short forms and the first hidden layer, the second is half as wide; the authors: d / 32 = 2
-
-    def __post_init__(self) -> None:
-        if self.width < 2:
-            raise FieldError(self, "width", self.width, "must be 2 or more, since half of it is a layer", 2)
+    # of the short forms and the first hidden layer, the second is half as wide; the authors: d / 32 = 2
+    width: Annotated[int, Ge(2)] = 2
 
     @classmethod
     def example(cls) -> NeuralAttention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, Method, Paper, Share, Site, at
 from heedful.kit.running import wide
 
 
@@ -29,12 +29,8 @@ class PairwiseCrossAttention(Method):
         ),
     )
     subjects = ("image",)
-    share: float = 0.5  # of the images that see another one
+    share: Share = 0.5  # of the images that see another one
     seed: int = 0  # of which ones these are
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie from 0 to 1", 0.5)
 
     @classmethod
     def neutral(cls) -> PairwiseCrossAttention:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveInt, Site, at
 from heedful.kit.feature_maps import drawn
 from heedful.kit.tile_scores import additive, biased, operands
 
@@ -40,11 +40,7 @@ class PointerNetwork(Method):
     forbids: ClassVar[dict[str, str]] = {
         "MultiTokenAttention": "it looks at rows of earlier calls, and a net scores the call's own queries alone"
     }
-    units: int = 64  # of the net's only layer; the authors: as many as a state has
-
-    def __post_init__(self) -> None:
-        if self.units < 1:
-            raise FieldError(self, "units", self.units, "must be 1 or more units", 64)
+    units: PositiveInt = 64  # of the net's only layer; the authors: as many as a state has
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, n, d = torch.Generator().manual_seed(layer.number), self.units, layer.head_dim

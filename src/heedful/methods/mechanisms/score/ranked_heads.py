@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, PositiveInt, Site, at
 from heedful.kit.feature_maps import drawn
 from heedful.methods.mechanisms.score._sliced import joined, require_open
 
@@ -35,14 +35,8 @@ class RankedHeads(Method):
         ),
     )
     subjects = ("image",)
-    rank: int = 64  # r, numbers that a query is told by in each head; the authors: up to the layer's width
-    heads: int = 12  # H; the authors: from one to many times the width over the rank
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise FieldError(self, "rank", self.rank, "must be 1 or more", 64)
-        if self.heads < 1:
-            raise FieldError(self, "heads", self.heads, "must be 1 or more", 12)
+    rank: PositiveInt = 64  # r, numbers that a query is told by in each head; the authors: up to the layer's width
+    heads: PositiveInt = 12  # H; the authors: from one to many times the width over the rank
 
     @classmethod
     def example(cls) -> RankedHeads:

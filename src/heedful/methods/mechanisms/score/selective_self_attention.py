@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, NonNegativeFloat, Paper, Site, SiteError, at
 
 
 class SelectiveSelfAttention(Method):
@@ -31,13 +29,8 @@ class SelectiveSelfAttention(Method):
         ),
     )
     start: float = 1.5  # b at the start; the authors' code: 1.5 to train from scratch, 2 to go on with a trained model
-    spread: float = 0.0  # standard deviation of w and u at the start; 0 nearly leaves a trained model as it was
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.start):
-            raise FieldError(self, "start", self.start, "must be a finite number", 1.5)
-        if not 0 <= self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be 0 or more", 0.0)
+    # standard deviation of w and u at the start; 0 nearly leaves a trained model as it was
+    spread: NonNegativeFloat = 0.0
 
     @classmethod
     def neutral(cls) -> SelectiveSelfAttention:

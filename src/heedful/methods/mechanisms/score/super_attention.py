@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, PositiveInt, Site, SiteError, at
 from heedful.methods.mechanisms.score._sliced import PAPER, attended, maps
 
 
@@ -22,11 +22,7 @@ class SuperAttention(Method):
     )
     subjects = ("image",)
     every_token = True
-    tokens: int = 197  # L, of every image, a class token counted; that of ViT-B/16
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise FieldError(self, "tokens", self.tokens, "must be 1 or more", 197)
+    tokens: PositiveInt = 197  # L, of every image, a class token counted; that of ViT-B/16
 
     @classmethod
     def example(cls) -> SuperAttention:

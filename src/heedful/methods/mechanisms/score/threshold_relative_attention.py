@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveFloat, Site, SiteError, at
 from heedful.core.flags import zeroed
 from heedful.kit.rows import tiles
 from heedful.kit.running import divided, grouped, wide
@@ -34,11 +34,7 @@ class ThresholdRelativeAttention(Method):
             "Scores are multiplied with the model's own factor, which in most is the paper's, one over the root of d.",
         ),
     )
-    eps: float = 1e-6  # added to the mean square of queries and keys; the authors' code: 1e-6
-
-    def __post_init__(self) -> None:
-        if not 0 < self.eps < math.inf:
-            raise FieldError(self, "eps", self.eps, "must be above 0", 1e-6)
+    eps: PositiveFloat = 1e-6  # added to the mean square of queries and keys; the authors' code: 1e-6
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)

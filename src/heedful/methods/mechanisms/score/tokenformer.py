@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, normalize
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layer, Method, Paper, PositiveFloat, PositiveInt, Site, SiteError, at
 from heedful.kit.told import UNKNOWN, of_keys
 
 
@@ -33,14 +33,8 @@ class TokenFormer(Method):
         ),
     )
     subjects = ("text", "image")
-    tokens: int | None = None  # n, learned keys and values of a map; None: the model's width, as in the paper
-    spread: float = 0.02  # standard deviation of keys and values at the start; the authors' code: 0.02 for keys
-
-    def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise FieldError(self, "tokens", self.tokens, "must be 1 or more", 768)
-        if not 0 < self.spread < math.inf:
-            raise FieldError(self, "spread", self.spread, "must be above 0", 0.02)
+    tokens: PositiveInt | None = None  # n, learned keys and values of a map; None: the model's width, as in the paper
+    spread: PositiveFloat = 0.02  # standard deviation of keys and values at the start; the authors' code: 0.02 for keys
 
     @classmethod
     def example(cls) -> TokenFormer:

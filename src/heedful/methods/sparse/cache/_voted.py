@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Literal, Self
 
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
+from heedful.core.ranges import OddInt, PositiveInt, Share
 from heedful.kit.budget import Budget, added_up, newest
 from heedful.kit.scored_cache import ScoredCache
 from heedful.kit.scores import last_weights
@@ -31,18 +31,9 @@ class VotedCache(ScoredCache, abstract=True):
     """The end of the text votes for what came before it; votes are pooled, so that neighbours stay together."""
 
     budget: Budget = 1024  # entries a head, the window included, or a share of the text
-    window: int = 32  # last queries that vote, and entries that stay
-    kernel: int = 5  # tokens that votes are pooled over, odd
-    pool: str = "max"  # "max" or "mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window < 1:
-            raise FieldError(self, "window", self.window, "must be 1 or more tokens", 32)
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise FieldError(self, "kernel", self.kernel, "must be odd, 1 or more tokens", 5)
-        if self.pool not in POOLS:
-            raise FieldError(self, "pool", self.pool, f"must be one of {', '.join(POOLS)}", "max")
+    window: PositiveInt = 32  # last queries that vote, and entries that stay
+    kernel: OddInt = 5  # tokens that votes are pooled over, odd
+    pool: Literal["max", "mean"] = "max"  # "max" or "mean"
 
     @classmethod
     def example(cls) -> Self:
@@ -77,12 +68,7 @@ class VotedCache(ScoredCache, abstract=True):
 class UnevenCache(VotedCache, abstract=True):
     """Heads keep unlike numbers of entries, but each a share `floor` of what all would keep before the window."""
 
-    floor: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.floor <= 1:
-            raise FieldError(self, "floor", self.floor, "must lie from 0 to 1", 0.2)
+    floor: Share = 0.2
 
     def declares(self, tokens: int) -> dict[str, float]:
         return {}  # each head keeps another number

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
 from heedful.core.paper import Paper
+from heedful.core.ranges import OddInt, PositiveInt, Share
 from heedful.core.sites import Site, at
 from heedful.kit.budget import Budget, keep_best
 from heedful.kit.topk import top_k
@@ -32,9 +33,9 @@ class AdaKV(UnevenCache):
         ),
     )
     budget: Budget = 1024  # entries of the average head, the window included, or a share; the paper: 128 to 1024
-    window: int = 32  # last queries that vote, and entries that stay in every head; the authors' code: 32
-    kernel: int = 7  # tokens that votes are pooled over, odd; the authors' code: 7
-    floor: float = 0.2  # share of an even budget before the window that no head goes below; the authors' runs: 0.2
+    window: PositiveInt = 32  # last queries that vote, and entries that stay in every head; the authors' code: 32
+    kernel: OddInt = 7  # tokens that votes are pooled over, odd; the authors' code: 7
+    floor: Share = 0.2  # share of an even budget before the window that no head goes below; the authors' runs: 0.2
 
     @at(Site.CACHE)
     def allot(self, entries: CachedKV, call: Call) -> Tensor:

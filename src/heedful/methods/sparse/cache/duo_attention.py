@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.mask import First, Mask, Rule, Window
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from heedful.core.sites import Site, at
 from heedful.kit.budget import all_fit, newest
 from heedful.methods.sparse.cache._fits import among_best
@@ -49,24 +50,14 @@ class DuoAttention(Method):
             "learning rate up and down.",
         ),
     )
-    share: float = 0.5  # of all key heads that stay retrieval heads; the authors: 0.25 (MHA) and 0.5 (GQA)
-    sinks: int = 64  # tokens; the authors' deployment: 64, their training scripts: 128
-    window: int = 256  # tokens; the authors' training: 256
+    share: Share = 0.5  # of all key heads that stay retrieval heads; the authors: 0.25 (MHA) and 0.5 (GQA)
+    sinks: NonNegativeInt = 64  # tokens; the authors' deployment: 64, their training scripts: 128
+    window: PositiveInt = 256  # tokens; the authors' training: 256
     gates: Fitted | None = None  # "gates.LAYER" [g], 1 where a head needs everything
     seed: int | None = None  # without a fit: random gates, the control
-    epochs: int = 1  # passes of a fit over its batches
-    rate: float = 0.02  # AdamW's learning rate in a fit; the paper: 0.02
-    penalty: float = 0.05  # weight of the gates' mean in a fit; the paper: 0.05
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie from 0 to 1", 0.5)
-        for name, least in (("sinks", 0), ("window", 1), ("epochs", 1)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", getattr(type(self), name))
-        for name in ("rate", "penalty"):
-            if not getattr(self, name) > 0:
-                raise FieldError(self, name, getattr(self, name), "must be above 0", getattr(type(self), name))
+    epochs: PositiveInt = 1  # passes of a fit over its batches
+    rate: PositiveFloat = 0.02  # AdamW's learning rate in a fit; the paper: 0.02
+    penalty: PositiveFloat = 0.05  # weight of the gates' mean in a fit; the paper: 0.05
 
     @classmethod
     def neutral(cls) -> DuoAttention:

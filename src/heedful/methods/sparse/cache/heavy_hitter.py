@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import Share
 from heedful.core.sites import Site, at
 from heedful.core.summary import Summary, sums
 from heedful.kit.budget import Budget, added_up, newest
@@ -34,12 +34,7 @@ class HeavyHitter(ScoredCache):
         ),
     )
     budget: Budget = 0.2  # share of the text, or entries a head; the paper: 0.2
-    recent: float = 0.5  # share of the budget for the newest entries, 0 to 1; the paper: 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.recent <= 1:
-            raise FieldError(self, "recent", self.recent, "must lie from 0 to 1", 0.5)
+    recent: Share = 0.5  # share of the budget for the newest entries, 0 to 1; the paper: 0.5
 
     @sums("received")
     def weigh(self, pattern: Summary, call: Call) -> None:

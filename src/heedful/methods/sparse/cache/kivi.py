@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call, Kept
@@ -38,15 +41,12 @@ class KIVI(Method):
         ),
     )
     chunk_invariant = False  # what a call adds is rounded for the next
-    bits: int = 2  # of a number, 2, 4 or 8; the paper: 2, and 4
-    group: int = 32  # tokens of a key channel, and channels of a value, that share lowest and highest; the paper: 32
+    bits: Literal[2, 4, 8] = 2  # of a number, 2, 4 or 8; the paper: 2, and 4
+    # tokens of a key channel, and channels of a value, that share lowest and highest; the paper: 32
+    group: Annotated[int, Ge(3)] = 32
     residual: int = 128  # newest values that are whole, and the most keys; the paper: 128
 
     def __post_init__(self) -> None:
-        if self.bits not in WIDTHS:
-            raise FieldError(self, "bits", self.bits, f"must be one of {', '.join(map(str, WIDTHS))}", 2)
-        if self.group < 3:
-            raise FieldError(self, "group", self.group, "must be 3 or more: two numbers are lowest and highest", 32)
         if self.residual < 1 or self.residual % self.group:
             good = 4 * self.group
             raise FieldError(self, "residual", self.residual, "must be a multiple of group, above 0", good)

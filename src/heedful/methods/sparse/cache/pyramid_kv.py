@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import OddInt, PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.budget import Budget, length, room_for
 from heedful.methods.sparse.cache._voted import VOTES, VotedCache
@@ -34,14 +34,10 @@ class PyramidKV(VotedCache):
         ),
     )
     budget: Budget = 128  # entries a head of the average layer, the window included, or a share; the authors: 128
-    window: int = 8  # last queries that vote, and entries that stay in every layer; the authors' runs: 8
-    kernel: int = 7  # tokens that votes are pooled over, odd; the authors' runs: 7
-    beta: int = 20  # the last layer has a beta-th of an even budget before the window; the paper: 20; 1 is SnapKV
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta < 1:
-            raise FieldError(self, "beta", self.beta, "must be 1 or more", 20)
+    window: PositiveInt = 8  # last queries that vote, and entries that stay in every layer; the authors' runs: 8
+    kernel: OddInt = 7  # tokens that votes are pooled over, odd; the authors' runs: 7
+    # the last layer has a beta-th of an even budget before the window; the paper: 20; 1 is SnapKV
+    beta: PositiveInt = 20
 
     def declares(self, tokens: int) -> dict[str, float]:
         return {}  # each layer keeps another number

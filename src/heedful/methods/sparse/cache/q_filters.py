@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
 from heedful.kit.batches import at_least_one, read
@@ -44,14 +44,9 @@ class QFilters(ScoredCache):
         ),
     )
     budget: Budget = 128  # entries a head, the newest included; the authors' demo: 128
-    window: int = 64  # newest entries that always stay; the authors' demo: 64
+    window: NonNegativeInt = 64  # newest entries that always stay; the authors' demo: 64
     filters: Fitted | None = None  # "filters.LAYER" [g d]
     seed: int | None = None  # without a fit: random directions, the control
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window < 0:
-            raise FieldError(self, "window", self.window, "must be 0 or more entries", 64)
 
     @classmethod
     def neutral(cls) -> QFilters:

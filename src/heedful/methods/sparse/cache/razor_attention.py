@@ -15,11 +15,12 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.positions import Positions
+from heedful.core.ranges import NonNegativeInt, PositiveInt, Share
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
 from heedful.kit.batches import at_least_one
-from heedful.kit.budget import Budget, all_fit, newest, require_budget, room, room_for
+from heedful.kit.budget import Budget, all_fit, newest, room, room_for
 from heedful.kit.scores import scores_of
 from heedful.methods.sparse.cache._fits import among_best
 
@@ -55,24 +56,13 @@ class RazorAttention(Method):
     )
     chunk_invariant = False  # the text is read in full, and cut after each call
     budget: Budget = 0.2  # newest entries that a compressed head keeps; the paper: a fifth of the text
-    least: int = 4000  # and never fewer than so many; the paper's
-    sinks: int = 4  # first entries that always stay; the paper's
-    induction: float = 0.14  # share of key heads that are protected for their induction score; the paper's
-    echo: float = 0.01  # and for their echo score; the paper's
+    least: PositiveInt = 4000  # and never fewer than so many; the paper's
+    sinks: NonNegativeInt = 4  # first entries that always stay; the paper's
+    induction: Share = 0.14  # share of key heads that are protected for their induction score; the paper's
+    echo: Share = 0.01  # and for their echo score; the paper's
     compensation: bool = True  # the token for what was dropped
     scores: Fitted | None = None  # "induction.LAYER" and "echo.LAYER" [g]
     seed: int | None = None  # without a fit: random scores, the control
-
-    def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-        for name, least in (("least", 1), ("sinks", 0)):
-            if getattr(self, name) < least:
-                raise FieldError(
-                    self, name, getattr(self, name), f"must be {least} or more entries", getattr(type(self), name)
-                )
-        for name in ("induction", "echo"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FieldError(self, name, getattr(self, name), "must lie from 0 to 1", getattr(type(self), name))
 
     @classmethod
     def neutral(cls) -> RazorAttention:

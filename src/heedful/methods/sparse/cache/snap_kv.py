@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
 from heedful.core.paper import Paper
+from heedful.core.ranges import OddInt, PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.budget import Budget
 from heedful.methods.sparse.cache._voted import VOTES, VotedCache
@@ -28,9 +31,9 @@ class SnapKV(VotedCache):
         ),
     )
     budget: Budget = 1024  # entries a head, the window included, or a share of the text; the paper: 1024 to 4096
-    window: int = 32  # last queries that vote, and entries that stay; the authors' code: 32, the paper 16 or 32
-    kernel: int = 5  # tokens that votes are pooled over, odd; the authors' code: 5, the paper 5 or 7
-    pool: str = "max"  # "max" as in the paper, or "mean", the default of the authors' code
+    window: PositiveInt = 32  # last queries that vote, and entries that stay; the authors' code: 32, the paper 16 or 32
+    kernel: OddInt = 5  # tokens that votes are pooled over, odd; the authors' code: 5, the paper 5 or 7
+    pool: Literal["max", "mean"] = "max"  # "max" as in the paper, or "mean", the default of the authors' code
 
     @at(Site.CACHE)
     def snap(self, entries: CachedKV, call: Call) -> Tensor:

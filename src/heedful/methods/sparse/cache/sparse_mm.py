@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import OddInt, PositiveInt, Share
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.batches import at_least_one
@@ -47,9 +48,9 @@ class SparseMM(UnevenCache):
         ),
     )
     budget: Budget = 1024  # entries of the average head, the window included, or a share; the paper: 64 to 2048
-    window: int = 32  # last queries that vote, and entries that stay in every head; the authors' code: 32
-    kernel: int = 7  # tokens that votes are pooled over, odd; the authors' code: 7
-    floor: float = 0.1  # share of the budget before the window that every head keeps; the authors' scripts: 0.1
+    window: PositiveInt = 32  # last queries that vote, and entries that stay in every head; the authors' code: 32
+    kernel: OddInt = 7  # tokens that votes are pooled over, odd; the authors' code: 7
+    floor: Share = 0.1  # share of the budget before the window that every head keeps; the authors' scripts: 0.1
     scores: Fitted | None = None  # "scores.LAYER" [g], from a fit
     seed: int | None = None  # without a fit: random scores, the control
 

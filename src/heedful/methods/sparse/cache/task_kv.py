@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, OddInt, PositiveInt, Share
 from heedful.core.sites import Site, at
 from heedful.kit.budget import Budget, earlier, keep_best, length, newest
 from heedful.kit.topk import top_k
@@ -36,23 +38,16 @@ class TaskKV(VotedCache):
         ),
     )
     budget: Budget = 0.4  # entries of the average head, or a share of the text; the paper: 0.4 and 0.6
-    window: int = 32  # last queries that vote; the paper: 32
-    kernel: int = 7  # tokens that votes are pooled over, odd; the paper: 7
-    pool: str = "mean"  # "max" or "mean", as in the paper
-    sinks: int = 16  # first entries that every head keeps; the paper: 16
-    recent: int = 256  # newest entries that every head keeps; the paper: 256
-    top: int = 256  # entries of the highest votes that say what a head's output is about; the paper: 256
-    share: float = 0.25  # of the first layer's key heads that are far; the paper: 0.25 (MHA) and 0.3 (GQA)
-    deepest: int = 4  # far heads in the last layer, between which and the first it falls evenly; the paper: 4 and 1
-    nearest: int = 1  # heads nearest to the centre that keep everything too; the paper: 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("sinks", 0), ("recent", 1), ("top", 1), ("deepest", 0), ("nearest", 0)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", getattr(type(self), name))
-        if not 0 <= self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie from 0 to 1", 0.25)
+    window: PositiveInt = 32  # last queries that vote; the paper: 32
+    kernel: OddInt = 7  # tokens that votes are pooled over, odd; the paper: 7
+    pool: Literal["max", "mean"] = "mean"  # "max" or "mean", as in the paper
+    sinks: NonNegativeInt = 16  # first entries that every head keeps; the paper: 16
+    recent: PositiveInt = 256  # newest entries that every head keeps; the paper: 256
+    top: PositiveInt = 256  # entries of the highest votes that say what a head's output is about; the paper: 256
+    share: Share = 0.25  # of the first layer's key heads that are far; the paper: 0.25 (MHA) and 0.3 (GQA)
+    # far heads in the last layer, between which and the first it falls evenly; the paper: 4 and 1
+    deepest: NonNegativeInt = 4
+    nearest: NonNegativeInt = 1  # heads nearest to the centre that keep everything too; the paper: 1
 
     @classmethod
     def example(cls) -> TaskKV:

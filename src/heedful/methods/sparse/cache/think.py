@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call, Kept
-from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.packed import Packing
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt, ShareBelowOne
 from heedful.core.sites import Site, at
 from heedful.kit.budget import between, grown
 from heedful.kit.packing import Channels
@@ -37,16 +37,9 @@ class ThinK(Method):
         ),
     )
     chunk_invariant = False  # what is dropped after one call, the next cannot see
-    share: float = 0.4  # of a key head's channels that are dropped, rounded down; the authors' runs: 0.4
-    recent: int = 32  # newest entries that keep all channels; the authors' runs: 32
-    window: int = 32  # last queries that are asked; the authors: 32
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise FieldError(self, "share", self.share, "must lie from 0 up to, not including, 1", 0.4)
-        for name, least in (("recent", 0), ("window", 1)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more tokens", 32)
+    share: ShareBelowOne = 0.4  # of a key head's channels that are dropped, rounded down; the authors' runs: 0.4
+    recent: NonNegativeInt = 32  # newest entries that keep all channels; the authors' runs: 32
+    window: PositiveInt = 32  # last queries that are asked; the authors: 32
 
     @classmethod
     def neutral(cls) -> ThinK:

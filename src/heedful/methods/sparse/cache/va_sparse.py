@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, RoleName
 from heedful.core.regions import by_text, marked
 from heedful.core.sites import Site, at
 from heedful.kit.budget import Budget, added_up
@@ -46,15 +45,8 @@ class VASparse(ScoredCache):
         ),
     )
     budget: Budget = 0.5  # share of the text, or entries a head; the authors' code: half of the image's
-    saliency: float = 1.0  # lambda; the authors' code: 1
-    role: str = "image"  # the spans that stand for the image
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.saliency < math.inf:
-            raise FieldError(self, "saliency", self.saliency, "must be 0 or more, and finite", 1.0)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "image")
+    saliency: NonNegativeFloat = 1.0  # lambda; the authors' code: 1
+    role: RoleName = "image"  # the spans that stand for the image
 
     @at(Site.CACHE)
     def omit(self, entries: CachedKV, call: Call) -> Tensor:

@@ -11,8 +11,9 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
+from heedful.core.ranges import NonNegativeInt, PositiveInt
 from heedful.core.sites import Site, at
-from heedful.kit.budget import Budget, all_fit, is_whole, require_budget, room_for, rooms
+from heedful.kit.budget import Budget, all_fit, is_whole, room_for, rooms
 from heedful.kit.chosen import Chosen
 
 
@@ -22,16 +23,11 @@ class ChunkChoice(Method, abstract=True):
     causal = False  # the last queries of a chunk have a say in what the first ones see
     chunk_invariant = False  # a new token chooses alone, and in a prompt its chunk does
     budget: Budget = 2688  # tokens seen, a share never fewer than sinks and window
-    sinks: int = 128  # first tokens that are always seen
+    sinks: NonNegativeInt = 128  # first tokens that are always seen
     window: int = 512  # newest tokens that are always seen, the chunk's included
-    chunk: int = 512  # queries of a prompt that choose together
+    chunk: PositiveInt = 512  # queries of a prompt that choose together
 
     def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-        if self.sinks < 0:
-            raise FieldError(self, "sinks", self.sinks, "must be 0 or more tokens", 128)
-        if self.chunk < 1:
-            raise FieldError(self, "chunk", self.chunk, "must be 1 or more queries", 512)
         if self.window < self.chunk:
             raise FieldError(
                 self, "window", self.window, f"must hold the chunk of {self.chunk}, or it is not all seen", self.chunk

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize, one_hot
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt
 from heedful.kit.budget import Budget
 from heedful.methods.sparse.decode._chunks import ChunkChoice, means
 
@@ -37,15 +38,13 @@ class ActQKV(ChunkChoice):
     )
     one_text = True
     budget: Budget = 2048  # tokens seen, a share never fewer than sinks and window; the authors: about 2048
-    sinks: int = 64  # first tokens that are always seen; the authors: 64
+    sinks: NonNegativeInt = 64  # first tokens that are always seen; the authors: 64
     window: int = 512  # newest tokens that are always seen, the chunk's included; the authors: 512
-    chunk: int = 256  # queries of a prompt that are asked for together; the authors: 256
-    block: int = 64  # tokens that are chosen together; the authors: 32 or 64
+    chunk: PositiveInt = 256  # queries of a prompt that are asked for together; the authors: 256
+    block: PositiveInt = 64  # tokens that are chosen together; the authors: 32 or 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block < 1:
-            raise FieldError(self, "block", self.block, "must be 1 token or more", 64)
         if self.window < self.block:
             rule = f"must hold a block of {self.block}, or it is told by tokens to come"
             raise FieldError(self, "window", self.window, rule, self.block)

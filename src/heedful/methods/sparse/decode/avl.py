@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, PositiveShare
 from heedful.core.regions import by_text, marked
 from heedful.core.sites import Site, at
 from heedful.kit.budget import rooms
@@ -44,16 +44,11 @@ class AVL(Method):
         ),
     )
     chunk_invariant = False  # what a prompt drops depends on its end
-    share: float = 0.5  # of the image's entries that stay, by what the prompt's last token gives them; theirs: 0.5
-    core: float = 0.3  # share of them all that a step sees; the authors: 0.3
-    every: int = 3  # steps after which the core is chosen anew; that step sees all that was kept; the authors: 3
-
-    def __post_init__(self) -> None:
-        for name, good in (("share", 0.5), ("core", 0.3)):
-            if not 0 < getattr(self, name) <= 1:
-                raise FieldError(self, name, getattr(self, name), "must lie above 0, and be 1 at most", good)
-        if self.every < 1:
-            raise FieldError(self, "every", self.every, "must be 1 or more steps", 3)
+    # of the image's entries that stay, by what the prompt's last token gives them; theirs: 0.5
+    share: PositiveShare = 0.5
+    core: PositiveShare = 0.3  # share of them all that a step sees; the authors: 0.3
+    # steps after which the core is chosen anew; that step sees all that was kept; the authors: 3
+    every: PositiveInt = 3
 
     @classmethod
     def neutral(cls) -> AVL:

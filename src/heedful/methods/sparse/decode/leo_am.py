@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Mask, Method, Paper, PositiveInt, Site, SiteError, at
 from heedful.core.positions import spread_heads
-from heedful.kit.budget import Budget, all_fit, is_whole, require_budget, room_for, rooms
+from heedful.kit.budget import Budget, all_fit, is_whole, room_for, rooms
 from heedful.kit.chosen import Chosen
 
 
@@ -36,15 +38,9 @@ class LeoAM(Method):
     )
     one_text = True
     budget: Budget = 0.1  # tokens that a query sees, beside those of its own smallest chunk
-    grain: int = 8  # tokens of the smallest chunks
-    splits: int = 3  # times that a chunk is halved: the largest hold grain * 2**splits tokens
-
-    def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-        if self.grain < 1:
-            raise FieldError(self, "grain", self.grain, "must be 1 token or more", 8)
-        if not 0 <= self.splits <= 20:
-            raise FieldError(self, "splits", self.splits, "must lie from 0 to 20", 3)
+    grain: PositiveInt = 8  # tokens of the smallest chunks
+    # times that a chunk is halved: the largest hold grain * 2**splits tokens
+    splits: Annotated[int, Interval(ge=0, le=20)] = 3
 
     @classmethod
     def neutral(cls) -> LeoAM:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, Layers, Mask, Method, NonNegativeInt, Paper, Share, Site, SiteError, at
 from heedful.core.positions import spread_heads
-from heedful.kit.budget import Budget, all_fit, is_whole, require_budget, room_for, rooms
+from heedful.kit.budget import Budget, all_fit, is_whole, room_for, rooms
 from heedful.kit.chosen import Chosen
 
 ROWS = 64  # queries that are ranked for at a time; memory only
@@ -34,18 +34,9 @@ class LessIsMore(Method):
     )
     one_text = True
     budget: Budget = 2048  # tokens that a query sees; the paper: 1024 to 6144
-    recent: float = 0.25  # share of them that are the newest, sinks included; the paper: 0.25
-    sinks: int = 4  # first tokens that are always seen; the authors' runs: 4
-    selecting: tuple[int, ...] = (2, 12)  # layers that see all and choose; the authors: 2, and 12 for Qwen3-8B
-
-    def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-        if not 0 <= self.recent <= 1:
-            raise FieldError(self, "recent", self.recent, "must be a share from 0 to 1", 0.25)
-        if self.sinks < 0:
-            raise FieldError(self, "sinks", self.sinks, "must be 0 or more tokens", 4)
-        if not self.selecting or min(self.selecting) < 0:
-            raise FieldError(self, "selecting", self.selecting, "must be one or more numbers of layers", (2, 12))
+    recent: Share = 0.25  # share of them that are the newest, sinks included; the paper: 0.25
+    sinks: NonNegativeInt = 4  # first tokens that are always seen; the authors' runs: 4
+    selecting: Layers = (2, 12)  # layers that see all and choose; the authors: 2, and 12 for Qwen3-8B
 
     @classmethod
     def neutral(cls) -> LessIsMore:

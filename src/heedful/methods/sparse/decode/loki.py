@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Mask
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
 from heedful.kit.batches import at_least_one, read
-from heedful.kit.budget import Budget, all_fit, is_whole, require_budget, room_for, rooms
+from heedful.kit.budget import Budget, all_fit, is_whole, room_for, rooms
 from heedful.kit.chosen import Chosen
 from heedful.methods.sparse.cache._fits import Moments, of_layer
 
@@ -48,14 +48,9 @@ class Loki(Method):
         ),
     )
     budget: Budget = 0.25  # keys that a query sees; the paper: a quarter
-    rank: float = 0.25  # share of a head's dimensions that the ranking uses; the paper: a quarter
+    rank: PositiveShare = 0.25  # share of a head's dimensions that the ranking uses; the paper: a quarter
     axes: Fitted | None = None  # "axes.LAYER" [g d d], a column for each axis, the widest first
     seed: int | None = None  # without a fit: random axes, the control
-
-    def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-        if not 0 < self.rank <= 1:
-            raise FieldError(self, "rank", self.rank, "must be a share above 0 and at most 1", 0.25)
 
     @classmethod
     def neutral(cls) -> Loki:

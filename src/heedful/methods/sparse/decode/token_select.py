@@ -7,6 +7,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt
 from heedful.kit.budget import Budget
 from heedful.methods.sparse.decode._chunks import ChunkChoice, means
 
@@ -39,9 +40,9 @@ class TokenSelect(ChunkChoice):
     one_text = True
 
     budget: Budget = 2688  # tokens seen, a share never fewer than sinks and window; the authors: 128 + 2048 + 512
-    sinks: int = 128  # first tokens that are always seen; the authors: 128
+    sinks: NonNegativeInt = 128  # first tokens that are always seen; the authors: 128
     window: int = 512  # newest tokens that are always seen, the chunk's included; the authors: 512
-    chunk: int = 512  # queries of a prompt that choose together; the paper: 512
+    chunk: PositiveInt = 512  # queries of a prompt that choose together; the paper: 512
 
     @classmethod
     def neutral(cls) -> TokenSelect:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Merged
-from heedful.core.errors import FieldError
 from heedful.core.method import Layer
 from heedful.core.paper import Paper
+from heedful.core.ranges import Layers, NonNegativeFloat, PositiveFloat, PositiveShare
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.kit.merging import MergesTokens, is_fixed, kept
 from heedful.kit.running import wide
@@ -45,21 +45,12 @@ class AdaptiveSparseViT(MergesTokens):
             "that keeps a model near an unpruned one is left out.",
         ),
     )
-    layers: tuple[int, ...] = (3, 6, 9)  # behind which patches are dropped; the authors: 3, 6 and 9 of 12
-    budget: float = 0.7  # the mean share of patches that layers are to have; the authors: 0.7, of operations
-    weight: float = 2.0  # of the penalty for missing the budget, 0: none; the authors: 2
+    layers: Layers = (3, 6, 9)  # behind which patches are dropped; the authors: 3, 6 and 9 of 12
+    budget: PositiveShare = 0.7  # the mean share of patches that layers are to have; the authors: 0.7, of operations
+    weight: NonNegativeFloat = 2.0  # of the penalty for missing the budget, 0: none; the authors: 2
     start: float = 0.5  # thresholds before training; 1 is what a patch gets if all get the same
-    sharpness: float = 50.0  # of sigmoid(sharpness (s - theta)), which thresholds learn by; the authors: 10,000 / 196
-
-    def __post_init__(self) -> None:
-        if not self.layers or min(self.layers) < 0:
-            raise FieldError(self, "layers", self.layers, "must be numbers of layers, from 0 up", (3, 6, 9))
-        if not 0 < self.budget <= 1:
-            raise FieldError(self, "budget", self.budget, "must lie above 0, and be 1 at most", 0.7)
-        if self.weight < 0:
-            raise FieldError(self, "weight", self.weight, "must be 0 or more", 2.0)
-        if self.sharpness <= 0:
-            raise FieldError(self, "sharpness", self.sharpness, "must be above 0", 50.0)
+    # of sigmoid(sharpness (s - theta)), which thresholds learn by; the authors: 10,000 / 196
+    sharpness: PositiveFloat = 50.0
 
     @classmethod
     def example(cls) -> AdaptiveSparseViT:

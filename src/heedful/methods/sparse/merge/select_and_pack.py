@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, ShareBelowOne
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
 from heedful.kit.merging import MergesTokens, is_fixed, kept
@@ -45,16 +46,11 @@ class SelectAndPack(MergesTokens):
             "What is not selected stands still until the last layer is through; theirs goes on in other ways.",
         ),
     )
-    layer: int = 3  # behind which patches are left out
-    least: float = 0.5  # of the gate, for a patch that stays
+    # behind which patches are left out
+    layer: NonNegativeInt = 3
+    least: ShareBelowOne = 0.5  # of the gate, for a patch that stays
     gate: Fitted | None = None  # weight [e], mean [e], deviation [e] and bias [1], from a fit
     seed: int | None = None  # without a fit: a random gate
-
-    def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise FieldError(self, "layer", self.layer, "must be the number of a layer, from 0 up", 3)
-        if not 0 <= self.least < 1:
-            raise FieldError(self, "least", self.least, "must be 0 or more, and below 1", 0.5)
 
     @classmethod
     def neutral(cls) -> SelectAndPack:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Merged
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import SiteError
 from heedful.core.paper import Paper
+from heedful.core.ranges import Layers, NonNegativeInt, PositiveShare
 from heedful.core.sites import Site, at
 from heedful.core.summary import Summary, sums
 from heedful.kit.merging import MergesTokens, averaged, is_fixed, numbered
@@ -35,17 +36,9 @@ class TokenPooling(MergesTokens):
             "Behind the last layer each token is there again, as the medoid of its cluster.",
         ),
     )
-    layers: tuple[int, ...] = (2, 5, 8)  # behind which tokens are pooled, from 0; of 12, as in that comparison
-    share: float = 0.7  # of the patches that are left each time
-    rounds: int = 3  # in which medoids move; 3 in that comparison
-
-    def __post_init__(self) -> None:
-        if not self.layers or min(self.layers) < 0:
-            raise FieldError(self, "layers", self.layers, "must be numbers of layers, from 0 up", (2, 5, 8))
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.7)
-        if self.rounds < 0:
-            raise FieldError(self, "rounds", self.rounds, "must be 0 or more steps", 3)
+    layers: Layers = (2, 5, 8)  # behind which tokens are pooled, from 0; of 12, as in that comparison
+    share: PositiveShare = 0.7  # of the patches that are left each time
+    rounds: NonNegativeInt = 3  # in which medoids move; 3 in that comparison
 
     @classmethod
     def neutral(cls) -> TokenPooling:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Merged
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt
 from heedful.core.sites import Site, adds, at
 from heedful.kit.merging import MergesTokens, averaged, is_fixed, numbered
 
@@ -32,11 +32,7 @@ class ToMe(MergesTokens):
             "Behind the last layer each token is there again, as the one that it went into.",
         ),
     )
-    count: int = 8  # tokens that a layer loses, half of them at most; the authors' r, 8 to 16 of 197
-
-    def __post_init__(self) -> None:
-        if self.count < 0:
-            raise FieldError(self, "count", self.count, "must be 0 or more tokens", 8)
+    count: NonNegativeInt = 8  # tokens that a layer loses, half of them at most; the authors' r, 8 to 16 of 197
 
     @classmethod
     def neutral(cls) -> ToMe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, SiteError
+from heedful.authoring import Call, SiteError
 from heedful.kit.blocks import fold, means
 from heedful.kit.running import wide
 
@@ -13,11 +13,6 @@ from heedful.kit.running import wide
 def sees_all(call: Call) -> bool:
     """Whether all tokens of one sequence see one another."""
     return not call.cross and not call.mask.rules and len(call.queries) == len(call.keys)
-
-
-def require_blocks(method: Method, size: int, good: int) -> None:
-    if size < 1:
-        raise FieldError(method, "size", size, "must be 1 or more tokens", good)
 
 
 class Pooled:

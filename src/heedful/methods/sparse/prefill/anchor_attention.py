@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt
 from heedful.kit.blocks import Grid, hide, means
 from heedful.kit.stripes import StripeSparse
 
@@ -33,12 +33,7 @@ class AnchorAttention(StripeSparse):
     )
     one_text = True
     theta: float = 12.0  # how far below the anchor a key may score; the authors: 12
-    step: int = 16  # blocks of queries that share their keys; the authors: 16 of 128 queries
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.step < 1:
-            raise FieldError(self, "step", self.step, "must be 1 or more blocks", 16)
+    step: PositiveInt = 16  # blocks of queries that share their keys; the authors: 16 of 128 queries
 
     @classmethod
     def neutral(cls) -> AnchorAttention:

@@ -16,6 +16,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare
 from heedful.core.sites import Site, at
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
@@ -47,13 +48,10 @@ class AttentionAwareTokenFiltering(Method):
         ),
     )
     subjects = ("image",)
-    share: float = 0.35  # of the patches that stay by their place; 2.8 times fewer tokens, the paper's gain in speed
+    # of the patches that stay by their place; 2.8 times fewer tokens, the paper's gain in speed
+    share: PositiveShare = 0.35
     rates: Fitted | None = None  # rate and mean, [patches], from a fit
     seed: int | None = None  # without a fit: random rates
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.35)
 
     @classmethod
     def neutral(cls) -> AttentionAwareTokenFiltering:

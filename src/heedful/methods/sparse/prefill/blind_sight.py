@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.mask import Mask, Where
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, RoleName, Share
 from heedful.core.regions import Region, by_text, marked, span_of
 from heedful.core.rules import Rule
 from heedful.core.sites import Site, at, reads
@@ -48,19 +49,11 @@ class BlindSight(Method):
             "The mask alone; their kernel is not here.",
         ),
     )
-    role: str = "documents"  # the spans that some heads part
-    sinks: int = 1  # first tokens of each document that others may still see
-    keep: float = 0.9  # share of the weight that a head's mask must keep
+    role: RoleName = "documents"  # the spans that some heads part
+    sinks: PositiveInt = 1  # first tokens of each document that others may still see
+    keep: Share = 0.9  # share of the weight that a head's mask must keep
     kept: Fitted | None = None  # "kept.LAYER" [h kinds]: the share that each narrow mask keeps
     seed: int | None = None  # without a fit: random shares, the control
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "documents")
-        if self.sinks < 1:  # a head of sinks alone would see nothing
-            raise FieldError(self, "sinks", self.sinks, "must be 1 or more tokens", 1)
-        if not 0 <= self.keep <= 1:
-            raise FieldError(self, "keep", self.keep, "must lie from 0 to 1", 0.9)
 
     @classmethod
     def neutral(cls) -> BlindSight:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import RoleName
 from heedful.core.regions import by_text, span_of
 from heedful.core.sites import Site, at
 
@@ -37,11 +37,7 @@ class BlockAttention(Method):
             "wherever it stands.",
         ),
     )
-    role: str = "documents"  # the spans that do not see one another
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "documents")
+    role: RoleName = "documents"  # the spans that do not see one another
 
     def idle(self, call: Call) -> bool:
         return call.cross

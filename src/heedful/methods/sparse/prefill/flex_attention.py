@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Region, Site, at, reads
+from heedful.authoring import (
+    Call,
+    FieldError,
+    Mask,
+    Method,
+    NonNegativeInt,
+    Paper,
+    Region,
+    RoleName,
+    ShareBelowOne,
+    Site,
+    at,
+    reads,
+)
 from heedful.kit.chosen import Chosen
 
 
@@ -36,19 +49,12 @@ class FlexAttention(Method):
         ),
     )
     whole_map = True
-    first: int = 8  # the layer of its list whose map is the first to choose, for the next layer; the authors: 8
-    threshold: float = 64 / 255  # between the lowest and the highest weight of a coarse place; the authors: 64 / 255
-    low: str = "low"  # the coarse image's tokens
-    high: str = "high"  # the fine image's
-
-    def __post_init__(self) -> None:
-        if self.first < 0:
-            raise FieldError(self, "first", self.first, "must be the number of a layer", 8)
-        if not 0 <= self.threshold < 1:
-            raise FieldError(self, "threshold", self.threshold, "must be 0 or more, and below 1", 0.25)
-        for name in ("low", "high"):
-            if not getattr(self, name):
-                raise FieldError(self, name, getattr(self, name), "must name a role", name)
+    # the layer of its list whose map is the first to choose, for the next layer; the authors: 8
+    first: NonNegativeInt = 8
+    # between the lowest and the highest weight of a coarse place; the authors: 64 / 255
+    threshold: ShareBelowOne = 64 / 255
+    low: RoleName = "low"  # the coarse image's tokens
+    high: RoleName = "high"  # the fine image's
 
     @classmethod
     def example(cls) -> FlexAttention:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveShare, Share
 from heedful.kit.blocks import BlockSparse, Grid, cover, means
 from heedful.kit.budget import all_fit
 
@@ -30,18 +30,9 @@ class FlexPrefill(BlockSparse):
         ),
     )
     one_text = True
-    mass: float = 0.95  # share of the weight that is computed; the authors' gamma: 0.9 to 0.95
-    tau: float = 0.1  # root of the Jensen-Shannon divergence below which block means are trusted; the authors: 0.1
-    least: int = 1024  # tokens that vertical and slash blocks span at least; the paper: 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.mass <= 1:
-            raise FieldError(self, "mass", self.mass, "must lie above 0 and be at most 1", 0.95)
-        if not 0 <= self.tau <= 1:
-            raise FieldError(self, "tau", self.tau, "must lie from 0 to 1", 0.1)
-        if self.least < 0:
-            raise FieldError(self, "least", self.least, "must be 0 or more tokens", 1024)
+    mass: PositiveShare = 0.95  # share of the weight that is computed; the authors' gamma: 0.9 to 0.95
+    tau: Share = 0.1  # root of the Jensen-Shannon divergence below which block means are trusted; the authors: 0.1
+    least: NonNegativeInt = 1024  # tokens that vertical and slash blocks span at least; the paper: 1024
 
     @classmethod
     def neutral(cls) -> FlexPrefill:

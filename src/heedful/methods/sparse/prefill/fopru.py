@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import ceil
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,12 +37,7 @@ class FoPru(PickedPatches):
             "A share of the patches or of the rows is rounded up.",
         ),
     )
-    by: str = "token"  # what is ranked: each "token", or each "row" of the image's grid
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.by not in ("token", "row"):
-            raise FieldError(self, "by", self.by, "must be 'token' or 'row'", "token")
+    by: Literal["token", "row"] = "token"  # what is ranked: each "token", or each "row" of the image's grid
 
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         where = self.patches(call)

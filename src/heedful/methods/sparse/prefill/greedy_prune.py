@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import cast
+from typing import Annotated, Literal, cast
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
@@ -15,6 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveShare
 from heedful.core.sites import Site, at
 from heedful.kit.picked import KEPT, seen
 from heedful.kit.running import wide
@@ -48,20 +50,12 @@ class GreedyPrune(Method):
     every_token = True
     causal = False  # the whole prompt is looked at before patches go
     chunk_invariant = False
-    layer: int = 2  # of the language model, behind which patches go
-    share: float = 0.25  # of the patches that stay, rounded up
-    alike: float = 0.9  # cosine with a patch that was kept above which another is struck out; 1: the most salient stay
-    role: str = "image"  # the patches; "patches": an encoder's own
-
-    def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise FieldError(self, "layer", self.layer, "must be the number of a layer, from 0 up", 2)
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.25)
-        if not -1 <= self.alike <= 1:
-            raise FieldError(self, "alike", self.alike, "must be a cosine, from -1 to 1", 0.9)
-        if self.role not in ("image", "patches"):
-            raise FieldError(self, "role", self.role, "must be 'image' or 'patches'", "image")
+    # of the language model, behind which patches go
+    layer: NonNegativeInt = 2
+    share: PositiveShare = 0.25  # of the patches that stay, rounded up
+    # cosine with a patch that was kept above which another is struck out; 1: the most salient stay
+    alike: Annotated[float, Interval(ge=-1, le=1)] = 0.9
+    role: Literal["image", "patches"] = "image"  # the patches; "patches": an encoder's own
 
     @classmethod
     def neutral(cls) -> GreedyPrune:

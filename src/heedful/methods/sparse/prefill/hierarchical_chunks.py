@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.budget import all_fit
 
@@ -37,14 +37,8 @@ class HierarchicalChunks(Method):
             "Windows with global tokens, which they compare with this, are PrefixGlobal here.",
         ),
     )
-    chunk: int = 128  # n, tokens; the paper: 64 to 512, best 128
-    levels: int = 2  # last layers in which the first tokens of chunks meet; the paper: 2
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise FieldError(self, "chunk", self.chunk, "must be 1 or more tokens", 128)
-        if self.levels < 0:
-            raise FieldError(self, "levels", self.levels, "must be 0 or more layers", 2)
+    chunk: PositiveInt = 128  # n, tokens; the paper: 64 to 512, best 128
+    levels: NonNegativeInt = 2  # last layers in which the first tokens of chunks meet; the paper: 2
 
     @classmethod
     def neutral(cls) -> HierarchicalChunks:

@@ -8,6 +8,7 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt
 from heedful.kit.blocks import Grid
 from heedful.kit.budget import all_fit
 from heedful.kit.stripes import StripeSparse
@@ -36,20 +37,16 @@ class HiP(StripeSparse):
     )
     one_text = True
     keep: int = 512  # keys that a block of queries sees beside window and sinks; the authors: 512
-    block: int = 2  # keys in a block, the tree's leaves; the authors: 2
-    window: int = 256  # newest keys, up to the block's last query, that are always seen; the authors' code: 256
-    sinks: int = 16  # first keys that are always seen; the authors' code: 16
+    block: PositiveInt = 2  # keys in a block, the tree's leaves; the authors: 2
+    # newest keys, up to the block's last query, that are always seen; the authors' code: 256
+    window: NonNegativeInt = 256
+    sinks: NonNegativeInt = 16  # first keys that are always seen; the authors' code: 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block < 1:
-            raise FieldError(self, "block", self.block, "must be 1 or more keys", 2)
         if self.keep < self.block or self.keep % self.block:
             good = max(1, self.keep // self.block) * self.block
             raise FieldError(self, "keep", self.keep, f"must be a multiple of the block of {self.block} keys", good)
-        for name, good in (("window", 256), ("sinks", 16)):
-            if getattr(self, name) < 0:
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more tokens", good)
 
     @classmethod
     def neutral(cls) -> HiP:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveShare
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean
 from heedful.kit.batches import at_least_one, read
@@ -67,18 +67,9 @@ class HyLRA(BlockSparse):
 
     paper = PAPER
     one_text = True
-    share: float = 0.25  # of blocks that a reusing layer computes
-    full: tuple[int, ...] | None = None  # layers that see all; None: every fourth, until fit() has chosen
-    whole: float = 0.25  # share of layers that fit() lets see all
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0 and be at most 1", 0.25)
-        if not 0 < self.whole <= 1:
-            raise FieldError(self, "whole", self.whole, "must lie above 0 and be at most 1", 0.25)
-        if self.full is not None and any(x < 0 for x in self.full):
-            raise FieldError(self, "full", self.full, "must be numbers of layers from 0 up, or None", (0, 4, 8))
+    share: PositiveShare = 0.25  # of blocks that a reusing layer computes
+    full: tuple[NonNegativeInt, ...] | None = None  # layers that see all; None: every fourth, until fit() has chosen
+    whole: PositiveShare = 0.25  # share of layers that fit() lets see all
 
     @classmethod
     def neutral(cls) -> HyLRA:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import SiteError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt
 from heedful.core.sites import Site, adds, at
 from heedful.kit.chosen import Chosen
 from heedful.kit.running import past_keys
@@ -61,16 +62,12 @@ class HyperAttention(Method):
     one_text = True
     causal = False  # where a text is halved, and how it is sorted, depends on all of it
     chunk_invariant = False  # what continues a text sees all of it
-    least: int = 4096  # tokens up to which a part is exact, and the smallest square that is not; the authors: 4096
-    block: int = 256  # sorted keys in a block; the authors: 256
-    sample: int = 256  # columns drawn; the authors: 256
-    bits: int = 7  # directions that the hash asks; the authors: 7
+    # tokens up to which a part is exact, and the smallest square that is not; the authors: 4096
+    least: PositiveInt = 4096
+    block: PositiveInt = 256  # sorted keys in a block; the authors: 256
+    sample: NonNegativeInt = 256  # columns drawn; the authors: 256
+    bits: PositiveInt = 7  # directions that the hash asks; the authors: 7
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least, good in (("least", 1, 4096), ("block", 1, 256), ("sample", 0, 256), ("bits", 1, 7)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", good)
 
     @classmethod
     def neutral(cls) -> HyperAttention:

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu
 
-from heedful.authoring import Call, FieldError, FitContext, Fitted, Layer, Method, Paper, Site, SiteError, at, reads
+from heedful.authoring import (
+    Call,
+    FieldError,
+    FitContext,
+    Fitted,
+    Layer,
+    Method,
+    NonNegativeFloat,
+    Paper,
+    PositiveShare,
+    Site,
+    SiteError,
+    at,
+    reads,
+)
 from heedful.core.stats import Sum
 from heedful.kit.batches import at_least_one, read
 from heedful.kit.running import Running, divided, wide
@@ -42,15 +56,9 @@ class Lite3R(Method):
     )
     one_text = True
     subjects = ("text", "image")
-    share: float = 0.3  # of its keys that a query's softmax sees; the authors: 0.3
-    start: float = 1e-3  # standard deviation of maps without a fit; the authors: 0.001
+    share: PositiveShare = 0.3  # of its keys that a query's softmax sees; the authors: 0.3
+    start: NonNegativeFloat = 1e-3  # standard deviation of maps without a fit; the authors: 0.001
     maps: Fitted | None = None  # "map.LAYER" [d d]
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0 and be at most 1", 0.3)
-        if not 0 <= self.start < float("inf"):
-            raise FieldError(self, "start", self.start, "must be 0 or more and finite", 1e-3)
 
     @classmethod
     def neutral(cls) -> Lite3R:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.mask import Ahead, First, FirstQueries, Mask, Window
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt
 from heedful.core.sites import Site, at
 from heedful.kit.budget import all_fit
 
@@ -31,14 +31,8 @@ class PrefixGlobal(Method):
             "The mask alone; the data set and its tasks are not here.",
         ),
     )
-    prefix: int = 512  # k, tokens that are global; the paper: 512
-    radius: int = 127  # r, tokens that the others see to either side; the paper: 127
-
-    def __post_init__(self) -> None:
-        if self.prefix < 0:
-            raise FieldError(self, "prefix", self.prefix, "must be 0 or more tokens", 512)
-        if self.radius < 0:
-            raise FieldError(self, "radius", self.radius, "must be 0 or more tokens", 127)
+    prefix: NonNegativeInt = 512  # k, tokens that are global; the paper: 512
+    radius: NonNegativeInt = 127  # r, tokens that the others see to either side; the paper: 127
 
     @classmethod
     def neutral(cls) -> PrefixGlobal:

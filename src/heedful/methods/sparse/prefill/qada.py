@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt, Share
 from heedful.kit.blocks import BlockSparse, Grid, hide, means
 
 
@@ -30,18 +30,9 @@ class QAdA(BlockSparse):
         ),
     )
     one_text = True
-    share: float = 0.9  # predicted share of the weight on sinks and window from which a block of queries is local
-    window: int = 128  # tokens behind a query that count as near; the paper: 128
-    sinks: int = 16  # tokens at the beginning that count as near; the paper: 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie from 0 to 1", 0.9)
-        if self.window < 1:
-            raise FieldError(self, "window", self.window, "must be 1 or more tokens", 128)
-        if self.sinks < 0:
-            raise FieldError(self, "sinks", self.sinks, "must be 0 or more tokens", 16)
+    share: Share = 0.9  # predicted share of the weight on sinks and window from which a block of queries is local
+    window: PositiveInt = 128  # tokens behind a query that count as near; the paper: 128
+    sinks: NonNegativeInt = 16  # tokens at the beginning that count as near; the paper: 16
 
     @classmethod
     def neutral(cls) -> QAdA:

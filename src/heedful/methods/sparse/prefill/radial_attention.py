@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, PositiveFloat, PositiveInt, Share, Site, at
 from heedful.kit.chosen import Chosen
 
 
@@ -37,17 +37,10 @@ class RadialAttention(Method):
     )
     subjects = ("image",)
     every_token = True
-    block: int = 128  # tokens: no band is thinner; the authors: 128
-    decay: float = 1.0  # on the width of bands of frames 2 and more apart; the paper: 1, scripts 0.95, for Wan 0.2
-    beside: float = 1.0  # width of the band between neighbouring frames, in frames; the paper: 1, for Wan at first 0.5
-
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise FieldError(self, "block", self.block, "must be 1 token or more", 128)
-        if not 0 < self.decay < float("inf"):
-            raise FieldError(self, "decay", self.decay, "must be finite and above 0", 1.0)
-        if not 0 <= self.beside <= 1:
-            raise FieldError(self, "beside", self.beside, "must lie from 0 to 1", 1.0)
+    block: PositiveInt = 128  # tokens: no band is thinner; the authors: 128
+    # on the width of bands of frames 2 and more apart; the paper: 1, scripts 0.95, for Wan 0.2
+    decay: PositiveFloat = 1.0
+    beside: Share = 1.0  # width of the band between neighbouring frames, in frames; the paper: 1, for Wan at first 0.5
 
     @classmethod
     def example(cls) -> RadialAttention:

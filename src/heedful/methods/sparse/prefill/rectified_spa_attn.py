@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.authoring import Call, Mask, Method, Paper, PositiveInt, Share, ShareBelowOne, Site, at
 from heedful.core.mask import Blocks
-from heedful.methods.sparse.prefill._pooled import Pooled, ranks, require_blocks, sees_all
+from heedful.methods.sparse.prefill._pooled import Pooled, ranks, sees_all
 
 
 class RectifiedSpaAttn(Method):
@@ -34,16 +34,9 @@ class RectifiedSpaAttn(Method):
     forbids: ClassVar[dict[str, str]] = {
         "MASK": "what is skipped is stood in for by means of whole blocks, with the keys that another method hides"
     }
-    least: float = 0.25  # share of blocks that are kept at least; the authors' code for Wan 2.1: 25 %
-    mass: float = 0.3  # pooled weight that kept blocks come to at least; the authors' code for Wan 2.1: 0.3
-    size: int = 128  # tokens of a block; the authors' code: 128
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.least <= 1:
-            raise FieldError(self, "least", self.least, "must lie from 0 to 1", 0.25)
-        if not 0 <= self.mass < 1:
-            raise FieldError(self, "mass", self.mass, "must be 0 or more, and below 1", 0.3)
-        require_blocks(self, self.size, 128)
+    least: Share = 0.25  # share of blocks that are kept at least; the authors' code for Wan 2.1: 25 %
+    mass: ShareBelowOne = 0.3  # pooled weight that kept blocks come to at least; the authors' code for Wan 2.1: 0.3
+    size: PositiveInt = 128  # tokens of a block; the authors' code: 128
 
     @classmethod
     def neutral(cls) -> RectifiedSpaAttn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import CachedKV, Call, FieldError, Mask, Method, Paper, Site, Where, at
+from heedful.authoring import CachedKV, Call, Mask, Method, Paper, PositiveInt, Site, Where, at
 from heedful.core.mask import Blocks
 from heedful.kit.budget import newest
 
@@ -26,17 +26,10 @@ class S2Attention(Method):
             "The cache drops what no later token sees; up to `size` tokens before the window stay longer than needed.",
         ),
     )
-    size: int = 64  # tokens a block; the authors: 64
-    local: int = 16  # latest blocks that every head sees, the query's own counted; Phi-3-small: 16
-    stride: int = 8  # a head sees one in so many blocks of the past; Phi-3-small: 8
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more tokens", 64)
-        if self.local < 1:
-            raise FieldError(self, "local", self.local, "must be 1 or more blocks, the query's own counted", 16)
-        if self.stride < 1:
-            raise FieldError(self, "stride", self.stride, "must be 1 or more blocks", 8)
+    size: PositiveInt = 64  # tokens a block; the authors: 64
+    # latest blocks that every head sees, the query's own counted; Phi-3-small: 16
+    local: PositiveInt = 16
+    stride: PositiveInt = 8  # a head sees one in so many blocks of the past; Phi-3-small: 8
 
     @classmethod
     def neutral(cls) -> S2Attention:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare, Share
 from heedful.kit.blocks import BlockSparse, Grid, cover
 
 
@@ -29,18 +29,9 @@ class SampleAttention(BlockSparse):
         ),
     )
     one_text = True
-    mass: float = 0.95  # share of the sampled rows' weight that is computed; the paper's alpha: 0.95
-    rows: float = 0.05  # share of rows that are sampled; the paper: 0.05
-    window: float = 0.08  # share of the text that each query sees behind itself; the paper: 0.08
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.mass <= 1:
-            raise FieldError(self, "mass", self.mass, "must lie above 0 and be at most 1", 0.95)
-        if not 0 < self.rows <= 1:
-            raise FieldError(self, "rows", self.rows, "must lie above 0 and be at most 1", 0.05)
-        if not 0 <= self.window <= 1:
-            raise FieldError(self, "window", self.window, "must lie from 0 to 1", 0.08)
+    mass: PositiveShare = 0.95  # share of the sampled rows' weight that is computed; the paper's alpha: 0.95
+    rows: PositiveShare = 0.05  # share of rows that are sampled; the paper: 0.05
+    window: Share = 0.08  # share of the text that each query sees behind itself; the paper: 0.08
 
     @classmethod
     def neutral(cls) -> SampleAttention:

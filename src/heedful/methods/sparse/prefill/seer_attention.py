@@ -17,6 +17,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.mask import Mask
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare, Share
 from heedful.core.sites import Site, reads
 from heedful.kit.batches import at_least_one
 from heedful.kit.blocks import BlockSparse, Grid, fold, means
@@ -105,27 +106,14 @@ class SeerAttention(BlockSparse):
         ),
     )
     one_text = True
-    threshold: float = 5e-4  # what a gate must give a block; the authors: 5e-4 to 5e-3
-    share: float | None = None  # of the pairs of blocks, each row's highest, in place of a threshold
-    last: int = 2  # rows of blocks at a text's end that see everything; the authors' code: 2
+    threshold: Share = 5e-4  # what a gate must give a block; the authors: 5e-4 to 5e-3
+    share: PositiveShare | None = None  # of the pairs of blocks, each row's highest, in place of a threshold
+    last: NonNegativeInt = 2  # rows of blocks at a text's end that see everything; the authors' code: 2
     gates: Fitted | None = None  # "gates.LAYER" [h 3d d]
     seed: int | None = None  # of where a fit begins, 0 unless given; without a fit: gates that learned nothing
-    steps: int = 500  # of a fit; the authors: 500
-    rate: float = 1e-3  # AdamW's highest learning rate in a fit; the authors: 1e-3
-    weight: float = 10.0  # of the divergence in a fit's loss; the authors: 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.threshold <= 1:
-            raise FieldError(self, "threshold", self.threshold, "must lie from 0 to 1", 5e-4)
-        if self.share is not None and not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0 and be at most 1, or be None", 0.25)
-        for name, least in (("last", 0), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", getattr(type(self), name))
-        for name in ("rate", "weight"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise FieldError(self, name, getattr(self, name), "must be above 0", getattr(type(self), name))
+    steps: PositiveInt = 500  # of a fit; the authors: 500
+    rate: PositiveFloat = 1e-3  # AdamW's highest learning rate in a fit; the authors: 1e-3
+    weight: PositiveFloat = 10.0  # of the divergence in a fit's loss; the authors: 10
 
     @classmethod
     def neutral(cls) -> SeerAttention:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.budget import all_fit, newest
 
@@ -30,14 +30,8 @@ class SinkWindow(Method):
             "A long prompt is masked row by row; the authors' code lets one forward see its whole chunk.",
         ),
     )
-    sinks: int = 4  # tokens; the paper's default
-    window: int = 512  # tokens; the authors' code: 512
-
-    def __post_init__(self) -> None:
-        if self.sinks < 0:
-            raise FieldError(self, "sinks", self.sinks, "must be 0 or more tokens", 4)
-        if self.window < 1:
-            raise FieldError(self, "window", self.window, "must be 1 or more tokens", 512)
+    sinks: NonNegativeInt = 4  # tokens; the paper's default
+    window: PositiveInt = 512  # tokens; the authors' code: 512
 
     @classmethod
     def neutral(cls) -> SinkWindow:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Mask, Method, Paper, PositiveInt, PositiveShare, Share, Site, at
 from heedful.core.mask import Blocks
 from heedful.kit.running import divided
-from heedful.methods.sparse.prefill._pooled import Pooled, ranks, require_blocks, sees_all
+from heedful.methods.sparse.prefill._pooled import Pooled, ranks, sees_all
 
 
 class SLA(Method):
@@ -32,17 +32,10 @@ class SLA(Method):
         ),
     )
     subjects = ("image",)
-    exact: float = 0.05  # share of blocks that softmax sees; the paper: 5 %
-    skipped: float = 0.1  # share of blocks that are left out; the paper: 10 %
-    size: int = 64  # tokens of a block; the paper: 64
+    exact: PositiveShare = 0.05  # share of blocks that softmax sees; the paper: 5 %
+    skipped: Share = 0.1  # share of blocks that are left out; the paper: 10 %
+    size: PositiveInt = 64  # tokens of a block; the paper: 64
     start: float = 0.0  # of the map's diagonal before training; the authors' code: 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.exact <= 1:
-            raise FieldError(self, "exact", self.exact, "must lie above 0 and be at most 1", 0.05)
-        if not 0 <= self.skipped <= 1:
-            raise FieldError(self, "skipped", self.skipped, "must lie from 0 to 1", 0.1)
-        require_blocks(self, self.size, 64)
 
     @classmethod
     def neutral(cls) -> SLA:

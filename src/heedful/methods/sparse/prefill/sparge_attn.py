@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare
 from heedful.kit.blocks import BlockSparse, Grid, cover, means
 
 
@@ -32,17 +35,11 @@ class SpargeAttn(BlockSparse):
         ),
     )
     one_text = True
-    mass: float = 0.98  # share of the predicted weight that is computed; the authors' tau: 0.98
-    alike: float = 0.6  # mean cosine between a block's tokens below which it is always computed; their code: 0.6
+    mass: PositiveShare = 0.98  # share of the predicted weight that is computed; the authors' tau: 0.98
+    # mean cosine between a block's tokens below which it is always computed; their code: 0.6
+    alike: Annotated[float, Interval(ge=-1, le=1)] = 0.6
 
     sink: bool = True  # the first block is always computed; an option of the authors' code, off there
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.mass <= 1:
-            raise FieldError(self, "mass", self.mass, "must lie above 0 and be at most 1", 0.98)
-        if not -1 <= self.alike <= 1:
-            raise FieldError(self, "alike", self.alike, "must lie from -1 to 1", 0.6)
 
     @classmethod
     def neutral(cls) -> SpargeAttn:

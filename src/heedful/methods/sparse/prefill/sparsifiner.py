@@ -11,7 +11,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, FieldError, FitContext, Fitted, Mask, Method, Paper, Site, SiteError, at, reads
+from heedful.authoring import (
+    Call,
+    FieldError,
+    FitContext,
+    Fitted,
+    Mask,
+    Method,
+    NonNegativeFloat,
+    Paper,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Site,
+    SiteError,
+    at,
+    reads,
+)
 from heedful.kit.batches import at_least_one
 from heedful.kit.budget import room_for
 from heedful.kit.chosen import Chosen
@@ -42,28 +58,16 @@ class Sparsifiner(Method):
         ),
     )
     subjects = ("image",)
-    share: float = 0.25  # of the keys that each query sees; the authors: 25 %
-    tokens_by: int = 6  # tokens to one of the predictor's; the authors: 6
-    channels_by: int = 2  # channels to one of the predictor's; the authors: 2
-    terms: int = 8  # of a row's terms those that count; the authors: 8
-    least: float = 0.02  # entries of the basis that are smaller count for nothing; the authors: 0.02
+    share: PositiveShare = 0.25  # of the keys that each query sees; the authors: 25 %
+    tokens_by: PositiveInt = 6  # tokens to one of the predictor's; the authors: 6
+    channels_by: PositiveInt = 2  # channels to one of the predictor's; the authors: 2
+    terms: PositiveInt = 8  # of a row's terms those that count; the authors: 8
+    least: NonNegativeFloat = 0.02  # entries of the basis that are smaller count for nothing; the authors: 0.02
     predictor: Fitted | None = None  # "query.LAYER" [c d], "key.LAYER" [c d], "down.LAYER" and "basis.LAYER" [n m], ...
     seed: int | None = None  # of where a fit begins, 0 unless given; without a fit: a predictor that learned nothing
-    steps: int = 500  # of a fit; the authors: 5 epochs of ImageNet
-    rate: float = 3e-4  # AdamW's learning rate in a fit; the authors: 3e-4
-    decay: float = 0.05  # AdamW's weight decay in a fit; the authors: 0.05
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0 and be at most 1", 0.25)
-        for name in ("tokens_by", "channels_by", "terms", "steps"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(type(self), name))
-        for name in ("least", "decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise FieldError(self, name, getattr(self, name), "must be 0 or more", getattr(type(self), name))
-        if not 0 < self.rate < math.inf:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 3e-4)
+    steps: PositiveInt = 500  # of a fit; the authors: 5 epochs of ImageNet
+    rate: PositiveFloat = 3e-4  # AdamW's learning rate in a fit; the authors: 3e-4
+    decay: NonNegativeFloat = 0.05  # AdamW's weight decay in a fit; the authors: 0.05
 
     @classmethod
     def neutral(cls) -> Sparsifiner:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveShare
 from heedful.kit.picked import PickedPatches, best, weights_of
 from heedful.kit.topk import top_k
 
@@ -37,15 +37,9 @@ class STAR(PickedPatches):
         ),
     )
     share: float = 0.5  # of the patches that the language model sees, rounded up
-    late: int = 16  # of the language model's layers, the last that sees them all
-    late_share: float = 0.25  # of these patches that its later layers see, rounded up
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.late < 0:
-            raise FieldError(self, "late", self.late, "must be the number of a layer, from 0 up", 16)
-        if not 0 < self.late_share <= 1:
-            raise FieldError(self, "late_share", self.late_share, "must lie above 0, and be 1 at most", 0.25)
+    # of the language model's layers, the last that sees them all
+    late: NonNegativeInt = 16
+    late_share: PositiveShare = 0.25  # of these patches that its later layers see, rounded up
 
     @classmethod
     def neutral(cls) -> STAR:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveShare
 from heedful.core.sites import Site, at
 from heedful.kit.picked import KEPT, weights_of
 from heedful.kit.topk import top_k
@@ -39,11 +39,7 @@ class TrimmedLlama(Method):
     subjects = ("encoder-decoder", "cross")
     causal = False  # the whole prompt is looked at before anything goes
     chunk_invariant = False
-    share: float = 0.25  # of the features that each head wants, rounded up; the authors' for the 11B model
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.25)
+    share: PositiveShare = 0.25  # of the features that each head wants, rounded up; the authors' for the 11B model
 
     @classmethod
     def neutral(cls) -> TrimmedLlama:

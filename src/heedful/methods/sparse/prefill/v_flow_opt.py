@@ -16,6 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeFloat, PositiveInt
 from heedful.core.regions import Region
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
@@ -50,20 +51,11 @@ class VFlowOpt(PickedPatches):
             "Where no patch is regarded enough, the most regarded one counts.",
         ),
     )
-    threshold: float = 1.0  # t: how many times the mean a patch must get for its own view to count
+    threshold: NonNegativeFloat = 1.0  # t: how many times the mean a patch must get for its own view to count
     alpha: float = 0.0  # weight of the entropies; the authors search from -1 to 1
     entropy: Fitted | None = None  # "entropy" [b|1 p] of each patch, from `of`
-    tries: int = 24  # settings that a fit tries, this one first
+    tries: PositiveInt = 24  # settings that a fit tries, this one first
     seed: int = 0  # of the settings
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.threshold < math.inf:
-            raise FieldError(self, "threshold", self.threshold, "must be 0 or more, and finite", 1.0)
-        if not abs(self.alpha) < math.inf:
-            raise FieldError(self, "alpha", self.alpha, "must be finite", 0.5)
-        if self.tries < 1:
-            raise FieldError(self, "tries", self.tries, "must be 1 or more", 24)
 
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         where = self.patches(call)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, RoleName
 from heedful.core.regions import Span
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
@@ -55,16 +55,9 @@ class AttentionRAG(Tokens):
     """Drops the sentences of a prompt that hold none of the tokens at which its last token looks most."""
 
     paper = _PAPER
-    role: str = "documents"  # the role whose spans are sentences, which stay or go whole
-    top: int = 12  # tokens of a chunk that choose; the best value is the data's
-    chunk: int = 300  # tokens of the sentences that are read together
-
-    def __post_init__(self) -> None:
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "documents")
-        for name, good in (("top", 12), ("chunk", 300)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more tokens", good)
+    role: RoleName = "documents"  # the role whose spans are sentences, which stay or go whole
+    top: PositiveInt = 12  # tokens of a chunk that choose; the best value is the data's
+    chunk: PositiveInt = 300  # tokens of the sentences that are read together
 
     @classmethod
     def neutral(cls) -> AttentionRAG:

@@ -16,11 +16,12 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import Layers, PositiveFloat, PositiveInt, RoleName, Share
 from heedful.core.regions import Span
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.kit.batches import at_least_one, read
-from heedful.kit.budget import Budget, require_budget, room_for
+from heedful.kit.budget import Budget, room_for
 from heedful.kit.rotary import turned_back
 from heedful.kit.seeds import seed_of
 from heedful.methods.sparse.tokens._spans import bm25, scaled, with_room, without
@@ -54,7 +55,7 @@ Feature = tuple[int, int]  # a layer and a number
 class _Projections(Method):
     """Keys and queries of some layers as they are before the rotary embedding, `[2 n g*d]` by layer."""
 
-    layers: tuple[int, ...] | None
+    layers: Layers | None
 
     def idle(self, call: Call) -> bool:
         return call.cross or (self.layers is not None and call.layer not in self.layers)
@@ -81,31 +82,17 @@ class S3Attention(Tokens):
 
     paper = _PAPER
     budget: Budget = 0.25  # tokens of the spans that stay, or a share
-    role: str = "documents"  # the role whose spans stay or go whole
-    layers: tuple[int, ...] | None = None  # whose keys and queries are encoded; None: all
-    active: int = 48  # features that fire at a token
-    widen: int = 4  # features for each dimension of a layer's keys
-    chunk: int = 512  # tokens that are read together
-    lexical: float = 0.0  # share of BM25 in a span's score, from 0 for features alone to 1; the paper's hybrid has both
-    rate: float = 1e-3  # Adam's learning rate
-    tokens: int = 512  # in a step
-    epochs: int = 8  # passes over the texts
+    role: RoleName = "documents"  # the role whose spans stay or go whole
+    layers: Layers | None = None  # whose keys and queries are encoded; None: all
+    active: PositiveInt = 48  # features that fire at a token
+    widen: PositiveInt = 4  # features for each dimension of a layer's keys
+    chunk: PositiveInt = 512  # tokens that are read together
+    lexical: Share = 0.0  # share of BM25 in a span's score, from 0 for features alone to 1; the paper's hybrid has both
+    rate: PositiveFloat = 1e-3  # Adam's learning rate
+    tokens: PositiveInt = 512  # in a step
+    epochs: PositiveInt = 8  # passes over the texts
     sae: Fitted | None = None  # "encoder.LAYER" [g*d m], "decoder.LAYER" [m g*d], "center.LAYER" [2 g*d], from a fit
     seed: int | None = None  # of a fit, 0 unless given; without a fit: random features
-
-    def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "documents")
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise FieldError(self, "layers", self.layers, "must be numbers of layers from 0 up", (10, 20))
-        for name in ("active", "widen", "chunk", "tokens", "epochs"):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(type(self), name))
-        if not 0 <= self.lexical <= 1:
-            raise FieldError(self, "lexical", self.lexical, "must be a share from 0 to 1", 0.5)
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 1e-3)
 
     @classmethod
     def neutral(cls) -> S3Attention:

@@ -15,10 +15,11 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import RoleName
 from heedful.core.regions import Span
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
-from heedful.kit.budget import Budget, require_budget, room_for
+from heedful.kit.budget import Budget, room_for
 from heedful.kit.regression import log_odds, logistic
 from heedful.methods.sparse.tokens._spans import with_room, without
 
@@ -62,14 +63,9 @@ class Sentinel(Tokens):
 
     paper = _PAPER
     budget: Budget = 0.5  # tokens of the sentences that stay, or a share; the authors' code: 0.5
-    role: str = "documents"  # the role whose spans are sentences, which stay or go whole
+    role: RoleName = "documents"  # the role whose spans are sentences, which stay or go whole
     probe: Fitted | None = None  # weight, mean and deviation [layers*h], and bias [1], from a fit
     seed: int | None = None  # without a fit: a random probe
-
-    def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-        if not self.role:
-            raise FieldError(self, "role", self.role, "must name a role", "documents")
 
     @classmethod
     def neutral(cls) -> Sentinel:

@@ -11,9 +11,10 @@ from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.ranges import NonNegativeInt, PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Max
-from heedful.kit.budget import Budget, require_budget, room_for
+from heedful.kit.budget import Budget, room_for
 
 _PAPER = Paper(
     "P280",
@@ -64,17 +65,13 @@ class SpecPC(Tokens):
 
     paper = _PAPER
     budget: Budget = 1024  # tokens that stay, or a share; the authors: 1024 to 3072
-    window: int = 64  # last tokens, whose queries are asked, and which stay; the authors: 64
-    kernel: int = 64  # tokens over which scores are pooled; the authors: 64, for Llama 32
-    near: int = 64  # tokens around a good one that stay with it; the authors: 64, for Llama 32
-    first: int = 8  # the first layer of the draft that is asked; the authors: 8
+    window: PositiveInt = 64  # last tokens, whose queries are asked, and which stay; the authors: 64
+    kernel: PositiveInt = 64  # tokens over which scores are pooled; the authors: 64, for Llama 32
+    near: NonNegativeInt = 64  # tokens around a good one that stay with it; the authors: 64, for Llama 32
+    first: NonNegativeInt = 8  # the first layer of the draft that is asked; the authors: 8
     stop: int | None = None  # the draft ends before this layer of the model; None: it is the model
 
     def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-        for name, least, good in (("window", 1, 64), ("kernel", 1, 64), ("near", 0, 64), ("first", 0, 8)):
-            if getattr(self, name) < least:
-                raise FieldError(self, name, getattr(self, name), f"must be {least} or more", good)
         if self.stop is not None and self.stop <= self.first:
             rule = f"must lie behind the first layer that is asked, {self.first}, or be None"
             raise FieldError(self, "stop", self.stop, rule, self.first + 1)
