@@ -79,6 +79,12 @@ def test_it_trains_each_and_goes_on_where_it_stopped(
     assert more.contenders == ["softmax", "half", "gates"]
 
 
+def test_what_none_can_train_is_refused_before_softmax_is_trained(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "train", lambda *_: pytest.fail("softmax was trained for nothing"))
+    with pytest.raises(FieldError, match=r"\['Fails'\]: cannot be trained here \(Fails: .*must return a tensor"):
+        heedful.lab([Fails()])
+
+
 def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
     arguments = ["lab", "--mechanisms", "sigmoidattention(16),mala|gatedheads", "--out", "kept"]
     told = CliRunner().invoke(app, arguments)

@@ -14,11 +14,12 @@ from heedful.core.files import folder_for
 from heedful.core.kinds import Progress, Report
 from heedful.core.method import Method, Part, Scoped, Stack, as_stack
 from heedful.laboratory.costs import PLAIN
+from heedful.laboratory.course import Course
 from heedful.laboratory.kinds import DEFAULTS, courses
 from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Record, Trainings, name_of
 from heedful.laboratory.results import Refused, facts
-from heedful.laboratory.training import MissingTrainer, Steps
+from heedful.laboratory.training import MissingTrainer, Steps, trial
 
 Mechanism = Part | Stack | str
 
@@ -50,13 +51,15 @@ def lab(
         trainings = Trainings(kept or Path(stack.enter_context(tempfile.TemporaryDirectory())))
         todo = [(seed, name, course) for seed in range(seeds) for name in chosen for course in wanted]
         records: list[Record] = []
-        refused: dict[tuple[str, str], Refused] = {}
+        refused = _refused(chosen, wanted, trainings)
         known = sum(trainings.has(course, chosen[name], seed) for seed, name, course in todo)
         note = f"goes on after {known} of {len(todo)} trainings" if known else ""
         total, done = sum(course.steps for _, _, course in todo), 0
         for seed, name, course in todo:
             report(Progress("steps", done, total, note))
             note = ""
+            if seed == 0 and (reason := refused.get((name, course.name))):
+                note = f"{name} was refused by {course.name}: {reason.reason}"
             if (name, course.name) not in refused:
                 if not trainings.has(course, chosen[name], seed):
                     report(Progress("steps", done, total, f"{course.name}, seed {seed}: {name}"))
@@ -72,6 +75,24 @@ def lab(
         report(Progress("steps", done, total, note))
     told = facts(records) | {"kind": kind, "contenders": {name: repr(what) for name, what in chosen.items() if what}}
     return Lab(told, wanted, tuple(records), tuple(refused.values()))
+
+
+def _refused(
+    chosen: Mapping[str, Stack], wanted: Iterable[Course], trainings: Trainings
+) -> dict[tuple[str, str], Refused]:
+    """What cannot be trained, found before anything is; an error where nothing is left beside softmax."""
+    pairs = [(name, course) for name in chosen if name != PLAIN for course in wanted]
+    found: dict[tuple[str, str], Refused] = {}
+    for name, course in pairs:
+        try:
+            if not trainings.has(course, chosen[name], 0):
+                trial(course, chosen[name])
+        except HeedfulError as reason:
+            found[name, course.name] = Refused(name, course.name, str(reason))
+    if len(found) == len(pairs):
+        told = "; ".join(dict.fromkeys(f"{x.mechanism}: {x.reason}" for x in found.values()))
+        raise FieldError("lab()", "mechanisms", [*chosen][1:], f"cannot be trained here ({told})", "[MALA()]")
+    return found
 
 
 def _counted(report: Report, before: int, total: int) -> Steps:

@@ -60,6 +60,12 @@ def fresh(course: Course, what: Stack, seed: int) -> Run:
     return attach(model, what, only=course.only)
 
 
+def trial(course: Course, what: Stack) -> None:
+    """One gradient of an untrained model: what cannot be trained says so here, in a moment."""
+    with fresh(course, what, 0) as run:
+        run(**course.batch(0, Generator().manual_seed(0)))["loss"].backward()
+
+
 @contextmanager
 def trainer_of(run: Run, course: Course, seed: int, report: Steps = lambda _: None) -> Iterator[Any]:
     """transformers' Trainer of a run's model by the course's recipe; the optimiser is what it makes."""
