@@ -358,7 +358,10 @@ def test_bad_input_is_named(loaded) -> None:
         (r"methods = .* \| SinkWindow\(.*: must", lambda: compare(loaded, TempScale(0.5) | SinkWindow(), [Echo()])),
         ("methods", lambda: compare(loaded, {PLAIN: SinkWindow()}, [Echo()])),
         ("tasks", lambda: compare(loaded, [SinkWindow()], [])),
-        ("tasks", lambda: compare(loaded, [SinkWindow()], [Echo(5000)])),
+        (
+            r"prompts of .* positions; for example tasks=\[Echo\(length=",
+            lambda: compare(loaded, [SinkWindow()], [Echo(5000)]),
+        ),
         ("prompts", lambda: compare(loaded, [SinkWindow()], [Echo()], prompts=1)),
         ("turns", lambda: compare(loaded, [SinkWindow()], [Echo()], turns=-1)),
         ("tokenizer", lambda: compare((loaded.model, None), [SinkWindow()], [Echo()])),

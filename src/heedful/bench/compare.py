@@ -28,6 +28,7 @@ from heedful.core.figures import a_few, counted
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Progress, Report, Surgery, Tokens
 from heedful.core.method import Method, Scoped, Stack, method_of
+from heedful.core.values import replace
 from heedful.diagnosis.texts import positions
 from heedful.diagnosis.workers import Workers, as_workers
 from heedful.engine.memory import enough_memory
@@ -270,7 +271,9 @@ class Series:
                 rule = (
                     f"makes prompts of {item.size} tokens, and {type(self._model).__name__} has {self._limit} positions"
                 )
-                raise FieldError("compare()", "tasks", self.name, rule, "a shorter one")
+                length = getattr(self.task, "length", 0) * limit // item.size * 9 // 10
+                good = [replace(self.task, length=length)] if length else ["loss"]
+                raise FieldError("compare()", "tasks", self.name, rule, good)
         return {number: item for number, item in self._made.items() if number < count}
 
 
