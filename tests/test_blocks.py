@@ -71,6 +71,7 @@ def true_map(bare: Bare, text: int) -> Tensor:
 @pytest.mark.parametrize("mass", [0.3, 0.8, 1.0])
 def test_cover_takes_the_fewest_that_reach_a_share(mass: float) -> None:
     weight = torch.rand(4, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cover(weight / 100, mass), cover(weight, mass))
     for row, chosen in zip(weight, cover(weight, mass), strict=True):
         taken = sorted(row.tolist(), reverse=True)[: int(chosen.sum())]
         assert sum(row[chosen].tolist()) == pytest.approx(sum(taken))

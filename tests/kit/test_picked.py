@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,11 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
+from heedful.core.positions import Positions
+from heedful.core.regions import Region
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
-from heedful.kit.picked import PickedPatches, best, weights_of
+from heedful.kit.picked import PickedPatches, best, seen, weights_of
 
 KEPT = torch.tensor([[True, False, False, True] * 4, [False, True, True, True] * 4])
 
@@ -82,6 +85,19 @@ def test_a_mask_counts() -> None:
     s = s.masked_fill(torch.ones(19, 19, dtype=torch.bool).triu(1)[3:9], -torch.inf)
     assert close(found, s.softmax(-1).float())
     assert (found[:, :, 0, 4:] == 0).all()
+
+
+def test_key_heads_whose_keys_stand_apart_see_their_own() -> None:
+    """As behind a cache that keeps other tokens in each head."""
+    call = Bare().call
+    place = torch.stack([torch.arange(19), torch.arange(19).flip(0)])[None]
+    call = replace(call, keys=Positions(place, place), roles={"patches": Region(((2, 6),))})
+    kept = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    found = seen(kept, call, "patches")
+    assert found.shape == (2, 4, 1, 19)
+    for text, head, k in itertools.product(range(2), range(4), range(19)):
+        p = int(place[0, head // 2, k])
+        assert bool(found[text, head, 0, k]) == (not 2 <= p < 6 or bool(kept[text, p - 2]))
 
 
 def test_the_best_and_the_earlier_of_equals() -> None:
