@@ -93,6 +93,17 @@ def test_a_tree_finds_the_best_key_where_its_branch_looks_alike() -> None:
     assert kept[0, 0, 64].nonzero().flatten().tolist() == [*range(40, 48), 64]
 
 
+def test_the_last_key_is_found_too() -> None:
+    """Without a window: the first key of each half leads to it."""
+    bare = Bare(Shape(b=1, h=1, g=1, q=65, k=65))
+    bare.q = torch.ones_like(bare.q)
+    bare.k = torch.zeros_like(bare.k)
+    bare.k[:, :, [32, 48, 56, 60, 62, 63]] = 0.5
+    bare.k[:, :, 64] = 1.0
+    kept = found(bare, HiP(keep=1, block=1, window=0, sinks=0, size=1))
+    assert kept[0, 0, 64].nonzero().flatten().tolist() == [64]
+
+
 def test_a_short_text_is_left_as_it_is() -> None:
     method = HiP(keep=8, window=4)
     assert method.rests(12) == "there is room for 12 tokens, and the text has 12: a smaller keep or window would act"
