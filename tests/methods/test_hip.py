@@ -98,8 +98,7 @@ def test_the_last_key_is_found_too() -> None:
     bare = Bare(Shape(b=1, h=1, g=1, q=65, k=65))
     bare.q = torch.ones_like(bare.q)
     bare.k = torch.zeros_like(bare.k)
-    bare.k[:, :, [32, 48, 56, 60, 62, 63]] = 0.5
-    bare.k[:, :, 64] = 1.0
+    bare.k[:, :, [32, 48, 56, 60, 62, 63, 64]] = torch.arange(1.0, 8.0)[:, None]
     kept = found(bare, HiP(keep=1, block=1, window=0, sinks=0, size=1))
     assert kept[0, 0, 64].nonzero().flatten().tolist() == [64]
 
