@@ -38,6 +38,15 @@ def chunk_invariant(model, ids) -> list[torch.Tensor]:
     return seen
 
 
+def test_small_and_large_activations_keep_their_digits() -> None:
+    for size, told in ((0.00123456, "0.00123 in"), (4.5678, "4.57 in"), (12345.6, "12,346 in")):
+        peaks = Peaks(torch.tensor([size]), torch.tensor([0]), torch.tensor(size / 2), torch.tensor(1))
+        found = Maxima({0: peaks}, 1000.0)
+        assert str(found) == f"largest activation {told} layer 0, 2 x the layer's mean magnitude"
+        (finding,) = MaxActivations().describe(found).findings
+        assert finding.text.startswith(f"The largest activation is {told.split()[0]} (2 × the mean), in channel 0")
+
+
 def test_is_the_maximum_of_the_residual_stream(model) -> None:
     text = torch.cat([ids(20, 1), ids(20, 2)])
     maxima = found(model, {"input_ids": text})

@@ -187,6 +187,11 @@ def percent(share: float) -> str:
     return f"{share:.0%}"
 
 
+def rounded(x: float) -> str:
+    """A magnitude in three digits or more, as people write it: `0.00123`, `4.56`, `12,345`."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
 def shrunk(images: Tensor, side: int) -> Tensor:
     """Images `[b c rows cols]` of so many pixels at most on the longer side, each the mean of what it stands for."""
     size = [max(1, round(n * min(1.0, side / max(images.shape[2:])))) for n in images.shape[2:]]

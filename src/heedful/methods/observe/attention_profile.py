@@ -18,6 +18,7 @@ from heedful.core.figures import (
     HeadMap,
     Listing,
     Role,
+    counted,
     head_name,
     layers_from,
     percent,
@@ -212,8 +213,8 @@ class AttentionProfile(Method):
         wide, narrow = (int(x) for x in (tokens.argmax(), tokens.argmin()))
         layers = list(answer.distances)
         text = (
-            f"A head of layer {layers[wide]} looks at about {tokens[wide]:.0f} tokens at once, one of layer "
-            f"{layers[narrow]} at about {tokens[narrow]:.0f}"
+            f"A head of layer {layers[wide]} looks at about {counted(int(tokens[wide]), 'token')} at once, "
+            f"one of layer {layers[narrow]} at about {int(tokens[narrow])}"
         )
         if broad:
             text += f"; {percent(broad)} of heads give no token more than {percent(self.broad)}"

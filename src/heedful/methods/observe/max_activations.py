@@ -11,7 +11,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.figures import Curves, Description, Finding, Listing, percent
+from heedful.core.figures import Curves, Description, Finding, Listing, percent, rounded
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -81,7 +81,8 @@ class Maxima:
 
     def __str__(self) -> str:
         peak = self.layers[self.top]
-        return f"largest activation {peak.value:.4g} in layer {self.top}, {peak.ratio:.3g} x the layer's mean magnitude"
+        told = f"largest activation {rounded(peak.value)} in layer {self.top}"
+        return f"{told}, {rounded(peak.ratio)} x the layer's mean magnitude"
 
 
 class MaxActivations(Method):
@@ -167,7 +168,7 @@ class MaxActivations(Method):
         peak, where = answer.layers[answer.top], answer.massive_layers
         place = int(peak.place[peak.channel])
         text = (
-            f"The largest activation is {peak.value:,.0f} ({peak.ratio:,.0f} × the mean), in channel "
+            f"The largest activation is {rounded(peak.value)} ({rounded(peak.ratio)} × the mean), in channel "
             f"{peak.channel} after layer {answer.top} at {'the first token' if place == 0 else f'token {place}'}"
         )
         if not where:
