@@ -258,6 +258,7 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
     [
         (lambda: heedful.load(None), r"load\(\)\.folder = None: must be str or Path; for example folder='kept'"),
         (lambda: TempScale(NAN), r"TempScale\.tau = nan: must be a number; for example tau=0\.9"),
+        (lambda: TempScale(10**400), r"TempScale\.tau = 1000+: must be above 0 and finite; for example tau=0\.9"),
         (lambda: TempScale(True), r"TempScale\.tau = True: must be a number"),
         (lambda: heedful.attach(models.tiny("llama"), TempScale(0.5), roles={"x": None}), r"example roles=\{'marked'"),
         (lambda: heedful.check(TempScale, only=("any_tiles",)), r"is no law\. Did you mean any_tile\?"),
@@ -273,6 +274,14 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
         (
             lambda: heedful.compare(models.tiny("llama"), ["act"], ["recall"]),
             r"gives or a pair \(model, tokenizer\); for",
+        ),
+        (
+            lambda: explaining.activations(models.tiny("llama"), IDS, heedful.Site.OUTPUT, layers=-1),
+            r"activations\(Site\.OUTPUT\)\.on\(\)\.layers = -1: must be one or more numbers from 0 up",
+        ),
+        (
+            lambda: explaining.patching(models.tiny("llama"), [], IDS[None], lambda logits: logits[:, -1, 5]),
+            r"patching\(\)\.clean = \[\]: must be one text",
         ),
         (
             lambda: heedful.ablate(models.tiny("llama"), {3: [1]}),

@@ -46,6 +46,7 @@ _MODULES = {
     "explaining": "heedful.explaining",
     "methods": "heedful.methods",
     "models": "heedful.models",
+    "nn": "heedful.nn",
     "tasks": "heedful.tasks",
 }
 

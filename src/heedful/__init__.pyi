@@ -4,6 +4,7 @@ from heedful import authoring as authoring
 from heedful import explaining as explaining
 from heedful import methods as methods
 from heedful import models as models
+from heedful import nn as nn
 from heedful import tasks as tasks
 from heedful.api import arrange as arrange
 from heedful.api import attach as attach

@@ -108,7 +108,7 @@ def require_fields(value: Any) -> None:
             _require(kind.__name__, name, given, hint, default)
         _require_range(value, name, taken, hint, default)
         if _endless(taken):
-            rule = f"{rule_of(hint)} and finite" if get_origin(hint) is Annotated else "must be finite"
+            rule = f"{rule_of(hint)} and finite" if getattr(hint, "__origin__", None) is float else "must be finite"
             raise FieldError(value, name, given, rule, default if isinstance(default, float) else 0.5)
         if taken is not given:
             object.__setattr__(value, name, taken)
@@ -188,7 +188,7 @@ def _fits(x: Any, hint: Any) -> bool:
     if hint is int:
         return whole_number(x) is not None
     if hint is float:
-        return isinstance(x, Real) and not isinstance(x, bool) and not math.isnan(x)
+        return isinstance(x, Real) and not isinstance(x, bool) and not math.isnan(_float(x))
     if origin is tuple and isinstance(x, tuple) and inside:
         if inside[-1] is not ...:
             return len(inside) == len(x) and all(map(_fits, x, inside))
@@ -219,6 +219,13 @@ def whole_number(x: Any) -> int | None:
         return None
 
 
+def _float(x: Any) -> float:
+    try:
+        return float(x)
+    except OverflowError:  # a whole number above all
+        return math.inf if x > 0 else -math.inf
+
+
 def _endless(x: Any) -> bool:
     return any(map(_endless, x)) if isinstance(x, tuple) else isinstance(x, float) and math.isinf(x)
 
@@ -231,7 +238,7 @@ def _as_meant(x: Any, hint: Any) -> Any:
     if origin in (Union, UnionType):
         return x if type(x) in inside else next((y for kind in inside if _fits(y := _as_meant(x, kind), kind)), x)
     if hint in (int, float) and type(x) is not hint and _fits(x, hint):
-        return whole_number(x) if hint is int else float(x)
+        return whole_number(x) if hint is int else _float(x)
     if origin is tuple and inside and isinstance(x, list | range | tuple):
         if type(x) is tuple and all(type(one) is int for one in x) and inside == (int, ...):
             return x  # a span's places, of which there may be many

@@ -181,6 +181,7 @@ class Scoped:
 
     def on(self, layers: Iterable[int] | int | None = None, heads: Iterable[int] | int | None = None) -> Scoped:
         name = type(self.method).__name__
+        name = repr(self.method) if name[0] == "_" else name  # what verbs make for themselves is called like these
         layers, heads = _numbers(f"{name}.on()", "layers", layers), _numbers(f"{name}.on()", "heads", heads)
         if heads is not None:
             for edit in self.method.edits:

@@ -307,7 +307,7 @@ def _whole(model: nn.Module, field: str, given: Inputs, tokenizer: Any) -> dict[
     """All that the model is called with."""
     if isinstance(given, Tensor | Mapping):
         return {"input_ids": given} if isinstance(given, Tensor) else dict(given)
-    found = fed_each("patching()", model, given, tokenizer)
+    found = fed_each("patching()", model, given, tokenizer, field)
     mask = found.get("attention_mask")
     if mask is not None and not mask.all():
         counts = ", ".join(map(str, mask.sum(-1).tolist()))

@@ -61,7 +61,7 @@ def _as_ids(tokens: Any, device: torch.device) -> Tensor | None:
     return (ids[None] if ids.ndim == 1 else ids) if whole else None
 
 
-def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
+def fed(owner: str, model: Any, text: Any, tokenizer: Any, field: str = "text") -> dict[str, Any]:
     """What the model is called with: for a string, token ids, or what it is called with already.
 
     Of a model that is none of transformers nothing else is known: a mapping, or its first argument.
@@ -69,12 +69,12 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     device = device_of(model)
     if not isinstance(model, PreTrainedModel):
         first = next(iter(inspect.signature(model.forward).parameters), "x")
-        given = suiting(owner, "text", model, {first: text} if isinstance(text, Tensor) else text)
+        given = suiting(owner, field, model, {first: text} if isinstance(text, Tensor) else text)
         return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
     if isinstance(text, str):
         if read_by(model) == "image":
             rule = "a model that reads images takes the pixels of one, [c rows cols]"
-            raise FieldError(owner, "text", text, rule, Code("processor(image, return_tensors='pt').pixel_values"))
+            raise FieldError(owner, field, text, rule, Code("processor(image, return_tensors='pt').pixel_values"))
         if tokenizer is None:
             raise FieldError(
                 owner, "tokenizer", None, "is needed for a text", Code("AutoTokenizer.from_pretrained(name)")
@@ -84,17 +84,17 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     if isinstance(text, Mapping):
         found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in text.items()}
         if not any(isinstance(x, Tensor) for x in found.values()):
-            raise FieldError(owner, "text", text, rule, good)
+            raise FieldError(owner, field, text, rule, good)
     elif read_by(model) == "image" and isinstance(text, Tensor) and text.is_floating_point() and text.ndim in (3, 4):
         found = {model.main_input_name: (text if text.ndim == 4 else text[None]).to(device)}
     else:
         ids = _as_ids(text, device)
         if ids is None:
-            raise FieldError(owner, "text", text, rule, good)
+            raise FieldError(owner, field, text, rule, good)
         found = {"input_ids": ids}
     if "input_ids" in found:
         if not found["input_ids"].numel():
-            raise FieldError(owner, "text", [], rule + ", and holds no token", good)
+            raise FieldError(owner, field, [], rule + ", and holds no token", good)
         _require_known(owner, model, found["input_ids"])
     if model.config.is_encoder_decoder and "input_ids" in found:
         found.setdefault("decoder_input_ids", found["input_ids"])
@@ -114,17 +114,17 @@ def suiting(owner: str, field: str, model: nn.Module, inputs: Any) -> Mapping[st
     return dict(inputs)
 
 
-def fed_each(owner: str, model: Any, texts: Any, tokenizer: Any) -> dict[str, Any]:
+def fed_each(owner: str, model: Any, texts: Any, tokenizer: Any, field: str = "text") -> dict[str, Any]:
     """The same for one text, or for a list of texts or of images, which a model of transformers reads as a batch."""
     several = isinstance(texts, Sequence) and not isinstance(texts, str) and isinstance(model, PreTrainedModel)
     if not several or not texts or not all(isinstance(x, Sequence | Tensor) and not _number(x) for x in texts):
-        return fed(owner, model, texts, tokenizer)
-    each = [fed(owner, model, text, tokenizer) for text in texts]
+        return fed(owner, model, texts, tokenizer, field)
+    each = [fed(owner, model, text, tokenizer, field) for text in texts]
     if not (rows := [row for found in each for row in found.get("input_ids", ())]):
         name = next(iter(each[0]))
         if len({found[name].shape[1:] for found in each}) > 1:
             shapes = [tuple(found[name].shape[1:]) for found in each]
-            raise FieldError(owner, "text", shapes, "several images are of one size", [(3, 224, 224)] * 2)
+            raise FieldError(owner, field, shapes, "several images are of one size", [(3, 224, 224)] * 2)
         return {name: torch.cat([found[name] for found in each])}
     return batch_of(model, rows)
 
