@@ -114,6 +114,14 @@ def test_what_stands_beside_other_libraries_words_runs(tmp_path: Path, default_m
     assert re.search(r"cache entries kept: \d+ of \d+ \(25\.\d%\)", told), told
 
 
+@pytest.mark.parametrize("page", ["docs/vision.md", "docs/models.md"])
+def test_pages_run_as_they_stand(page: str, tmp_path: Path) -> None:
+    """timm and open_clip ask for a torchvision that no model needs; something stands in its place here."""
+    beside = "from benchmarks.beside_torch import library\nlibrary('timm'), library('open_clip')\n"
+    told = run(beside * ("timm" in blocks(page)) + blocks(page), tmp_path)
+    assert bool(told) == ("print(" in blocks(page))
+
+
 def test_most_methods_are_as_short_as_the_readme_says() -> None:
     lengths = sorted(len(Path(inspect.getfile(kind)).read_text().splitlines()) for kind in entries().values())
     most = re.search(r"one file, mostly of fewer than (\d+) lines", (ROOT / "README.md").read_text())
