@@ -141,6 +141,17 @@ def test_ranges_of_columns_say_the_same(blocks: int, rows: int) -> None:
     assert close(found[1, :, 3 - 18 + rows if rows == 18 else 0 :], want[1, :, 3 - 18 + rows if rows == 18 else 0 :])
 
 
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_long_text_is_gathered_by_block_where_it_is_whole(padding: int) -> None:
+    text = torch.arange(640)[None] >= torch.tensor([[padding]])
+    bare = Bare(Shape(b=1, q=640, k=640), text=text if padding else None)
+    call = replace(bare.call, query=bare.q, key=bare.k)
+    (rule,) = MoBA(32, 2).route(call.mask, call).rules[-1:]
+    assert bool(rule.parts()) == (not padding)
+    found, want = (bare.run(MoBA(32, 2), backend)[0] for backend in ("native", "reference"))
+    assert close(found[:, :, padding:], want[:, :, padding:])
+
+
 def test_of_several_texts_in_a_row_no_ranges_are_told() -> None:
     bare = Bare(Shape(b=1, q=18, k=18))
     index = torch.arange(18)[None, None]
