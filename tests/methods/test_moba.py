@@ -143,8 +143,8 @@ def test_ranges_of_columns_say_the_same(blocks: int, rows: int) -> None:
 
 @pytest.mark.parametrize("padding", [0, 7])
 def test_a_long_text_is_gathered_by_block_where_it_is_whole(padding: int) -> None:
-    text = torch.arange(640)[None] >= torch.tensor([[padding]])
-    bare = Bare(Shape(b=1, q=640, k=640), text=text if padding else None)
+    text = torch.arange(1024)[None] >= torch.tensor([[padding]])
+    bare = Bare(Shape(b=1, h=1, g=1, q=1024, k=1024), text=text if padding else None)
     call = replace(bare.call, query=bare.q, key=bare.k)
     (rule,) = MoBA(32, 2).route(call.mask, call).rules[-1:]
     assert bool(rule.parts()) == (not padding)
