@@ -147,5 +147,7 @@ def test_where_softmax_stays_and_what_cannot_be() -> None:
     assert GlobalSubsampledAttention.neutral() == GlobalSubsampledAttention(1)
     with pytest.raises(FieldError, match=r"stride = 4: must divide both sides of the 4 x 6 patches of layer 0"):
         GlobalSubsampledAttention(4).narrow(call.mask, call)
+    with pytest.raises(FieldError, match=r"stride = 9: must divide both sides"):
+        GlobalSubsampledAttention(9).sum_up_keys(torch.zeros(2, 2, 27, 8), call)
     with pytest.raises(SiteError, match="sums up the block's input, and it is handed none"):
         GlobalSubsampledAttention(2).sum_up_keys(torch.zeros(2, 2, 27, 8), replace(call, hidden=None))

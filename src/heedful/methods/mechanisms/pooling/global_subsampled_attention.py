@@ -89,13 +89,13 @@ class GlobalSubsampledAttention(Method):
         """Keys or values `[b g n d]`, those of the first patches being of the windows now, row by row."""
         if call.hidden is None:
             raise SiteError(f"{self!r}, layer {call.layer}: sums up the block's input, and it is handed none")
-        tokens = patch_tokens(self, call)
+        tokens, windows = patch_tokens(self, call), self._windows(call)
         p = {name: x.to(call.hidden) for name, x in call.params.items()}
         image = call.hidden[:, tokens].mT.unflatten(-1, sides(call))
         inner = conv2d(image, p["reduce"], p["reduce_bias"], stride=self.stride).flatten(2).mT  # [b windows e]
         inner = layer_norm(inner, inner.shape[-1:], p["norm"], p["norm_bias"])
         made = inner[:, None] @ p[name].mT + p[f"{name}_bias"][:, None]
-        return x.index_copy(2, tokens[: self._windows(call)], made.to(x.dtype))
+        return x.index_copy(2, tokens[:windows], made.to(x.dtype))
 
 
 if __name__ == "__main__":
