@@ -30,7 +30,7 @@ def model() -> nn.Module:
     ("arguments", "message"),
     [
         ({"backend": "magic"}, "must be one of auto, sdpa, native, triton, tiled, reference"),
-        ({"tile_rows": 0}, "must be 1 or more rows"),
+        ({"tile_rows": 0}, "must be 1 or more, or None"),
         ({"only": "model.vision"}, "no served layer of LlamaForCausalLM lies there"),
     ],
 )

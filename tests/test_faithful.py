@@ -117,7 +117,7 @@ def test_the_tokens_that_matter_beat_random_order_and_the_others_lose() -> None:
     [
         (lambda m: faithfulness(m, IDS, torch.rand(6)), "finite scores"),
         (lambda m: faithfulness(m, IDS, torch.full((7,), float("nan"))), "finite scores"),
-        (lambda m: faithfulness(m, IDS, torch.rand(7), steps=0), "both must be 1 or more"),
+        (lambda m: faithfulness(m, IDS, torch.rand(7), steps=0), "steps = 0: must be 1 or more"),
         (lambda m: faithfulness(m, IDS, torch.rand(7), removal=Removal(tuple(range(7)))), "leaves none"),
         (lambda m: faithfulness(m, IDS, torch.rand(7), target=128), "must be a token from 0 to 127"),
     ],

@@ -27,6 +27,7 @@ from heedful.core.kinds import (
     Vocabulary,
 )
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack
+from heedful.core.ranges import PositiveInt
 from heedful.core.regions import Roles
 from heedful.engine import select
 from heedful.engine.resting import resting, undone
@@ -46,7 +47,7 @@ def attach(
     only: str | Iterable[str] | None = None,
     backend: str = "auto",
     roles: Roles | Sequence[Roles] | None = None,
-    tile_rows: int | None = None,
+    tile_rows: PositiveInt | None = None,
     inputs: Any = None,
 ) -> Run:
     """Put a method or a stack into a model's attention until the run is closed.

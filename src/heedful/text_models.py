@@ -20,6 +20,7 @@ from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError, shape_of
 from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Part, Stack, as_stack, clash
+from heedful.core.ranges import PositiveInt
 from heedful.drawing import Guided, begin, drawn, guide_of
 from heedful.engine.run import Run
 from heedful.looking import LOOKS, THINGS, WORD_PLACES, word_places
@@ -374,15 +375,13 @@ def _looking(model: nn.Module, what: Contender | None, shown: Shown, **how: Any)
 @torch.no_grad()
 @asks
 def decode(
-    model: nn.Module, prompt: Prompt, step: Decode, *, new_tokens: int = 20, stop: int | None = None,
+    model: nn.Module, prompt: Prompt, step: Decode, *, new_tokens: PositiveInt = 20, stop: int | None = None,
     only: str | Iterable[str] | None = None, inputs: Mapping[str, Any] = NOTHING,
 ) -> tuple[int, ...]:  # fmt: skip
     """Greedy continuation of a prompt from logits that a decoding step combines.
 
     `inputs` are what the model takes beside the prompt's tokens, such as `pixel_values`.
     """
-    if new_tokens < 1:
-        raise FieldError("decode()", "new_tokens", new_tokens, "must be 1 or more", 20)
     out: list[int] = []
     with Combined(model, step, only, Shown(inputs)) as mixed:
         logits = mixed.read(prompt)[0]

@@ -278,7 +278,7 @@ def test_a_token_over_a_border_belongs_to_what_follows() -> None:
     [
         (lambda: Needle(length=100), "64 tokens a needle"),
         (lambda: NeedleMany(keys=8), "64 more; for example length=576"),
-        (lambda: Needle(depths=()), "from 0 to 1"),
+        (lambda: Needle(depths=()), "must hold one or more"),
         (lambda: Needle(depths=(1.5,)), "from 0 to 1"),
         (lambda: Needle(digits=0), "1 or more"),
         (lambda: NeedleMany(keys=1), "from 2 to"),

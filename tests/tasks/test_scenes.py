@@ -323,7 +323,7 @@ def test_a_judge_that_names_real_pictures_wrong_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "rule"),
-    [({"steps": 0}, "must be 1 or more"), ({"least": 0.0}, "must be a share above 0"), ({"least": 1.5}, "must be a")],
+    [({"steps": 0}, "must be 1 or more"), ({"least": 0.0}, "must be above 0"), ({"least": 1.5}, "must be a")],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], rule: str) -> None:
     with pytest.raises(FieldError, match=rule):

@@ -13,6 +13,7 @@ from typing import IO, Any
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError
 from heedful.core.files import is_there
+from heedful.core.ranges import PositiveInt
 from heedful.diagnosis.texts import ENDINGS, LINES, Source, files_in, read_text, why_not
 
 SHARD = 262_144  # bytes of a shard at least; what one worker does before it reports
@@ -31,7 +32,7 @@ class Corpus:
 
     where: Any  # a Path, or rows: anything that has a length and gives {column: [texts]} for a slice
     column: str = "text"  # of a table, or the key of a line
-    shard: int = SHARD  # bytes of one shard at least; a row that lies in no file counts as 4,096
+    shard: PositiveInt = SHARD  # bytes of one shard at least; a row that lies in no file counts as 4,096
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -43,8 +44,6 @@ class Corpus:
         elif not (hasattr(self.where, "__len__") and self.column in getattr(self.where, "column_names", ())):
             rule = f"must be a Path, or a datasets.Dataset with a column {self.column!r}"
             raise FieldError(self, "where", type(self.where).__name__, rule, Path("corpus.jsonl"))
-        if self.shard < 1:
-            raise FieldError(self, "shard", self.shard, "must be 1 or more", SHARD)
 
     def shards(self) -> tuple[Shard, ...]:
         """The pieces, in the order of the corpus; of one corpus always the same."""

@@ -21,6 +21,7 @@ from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Progress, Report, Tokenizer, Weights, words_of
 from heedful.core.method import Stack, method_of
+from heedful.core.ranges import PositiveInt
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
 from heedful.diagnosis.corpus import Corpus, Shard
@@ -48,7 +49,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     tokenizer: Tokenizer | None = None,
     measures: Iterable[Measure | str] | Measure | str | None = None,
     length: int | None = None,
-    batch: int = 1,
+    batch: PositiveInt = 1,
     out: str | Path | None = None,
     workers: int | Workers | None = None,
     progress: Report | None = None,
@@ -71,8 +72,6 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     began = time.perf_counter()
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
     folder = folder_for("diagnose()", out)
-    if batch < 1:
-        raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
     subject = Subject(given.model, words_of(tokenizer or given.tokenizer), how, progress or (lambda _: None))
     parts = chosen(measures, subject.input.measures)
     length = _length(subject.model, length)

@@ -25,6 +25,7 @@ from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.files import scratch
 from heedful.core.fitted import compact
+from heedful.core.ranges import PositiveFloat, PositiveInt
 
 Read = Callable[[Any], Any]  # of one shard, or whatever else is shared: what it gives, at once or one by one
 Pieces = Generator[Any, None, None]  # closed, it lets the workers go
@@ -62,16 +63,12 @@ class Here(Workers):
 class Ray(Workers):
     """Workers of Ray Data, each with the model: on this machine, or on a cluster by its address."""
 
-    workers: int = 2
+    workers: PositiveInt = 2
     address: str = ""  # of a cluster that runs already, or "auto" for the one here; else one is started and stopped
-    cpus: float = 1.0  # of each worker, which computes with as many threads
+    cpus: PositiveFloat = 1.0  # of each worker, which computes with as many threads
 
     def __post_init__(self) -> None:
         require_fields(self)
-        if self.workers < 1:
-            raise FieldError(self, "workers", self.workers, "must be 1 or more", 2)
-        if self.cpus <= 0:
-            raise FieldError(self, "cpus", self.cpus, "must be above 0", 1.0)
 
     def each(self, read: Read, shards: Sequence[Any]) -> Pieces:
         if not shards:

@@ -83,8 +83,6 @@ class Run:
         self.stack = as_stack(what)
         self.backend = backend_named(backend)
         self.roles = roles
-        if tile_rows is not None and tile_rows < 1:
-            raise FieldError("attach()", "tile_rows", tile_rows, "must be 1 or more rows", 128)
         self.tile_rows = tile_rows
         self.state = RunState(self.stack)
         self.closed = False

@@ -19,6 +19,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt
 from heedful.core.sites import Site, at
 from heedful.explaining.aim import Aim, Text, aim_of, ids_of
 from heedful.explaining.attribution import Attribution
@@ -153,16 +154,14 @@ def faithfulness(
     target: int | None = None,
     position: int | None = None,
     removal: Removal | None = None,
-    steps: int = 10,
-    seeds: int = 8,
+    steps: PositiveInt = 10,
+    seeds: PositiveInt = 8,
 ) -> Faithfulness:
     """Remove, and put back, tokens from the highest score `[n]` down, and watch what the model says of `target`.
 
     Several explanations of one text, by name, share the random orders that they are measured against, which are the
     same for a seed. `target` and `position` are as in `attribute`.
     """
-    if steps < 1 or seeds < 1:
-        raise FieldError("faithfulness()", "steps, seeds", (steps, seeds), "both must be 1 or more", (10, 8))
     ids, removal = ids_of(prompt, model), removal or Removal()
     n = ids.shape[1]
     named = scores if isinstance(scores, Mapping) else {"scores": scores}

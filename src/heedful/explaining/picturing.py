@@ -16,6 +16,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.figures import Description, Figure, Finding, Grid, Lit, percent
 from heedful.core.kinds import Measure
+from heedful.core.ranges import PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.looking import WordPlaces, WordShares, grid, one_size
@@ -166,7 +167,9 @@ def titled(found: WordMap, figure: Figure) -> str:
 
 
 @asks
-def word_maps(pipe: Any, prompts: str | Sequence[str], *, steps: int = 20, seed: int = 0, **options: Any) -> WordMaps:
+def word_maps(
+    pipe: Any, prompts: str | Sequence[str], *, steps: PositiveInt = 20, seed: int = 0, **options: Any
+) -> WordMaps:
     """What a text-to-image pipeline of diffusers looks at for each word while it makes a picture of each prompt.
 
     `options` go to the pipeline. Maps of one layer's attention are held at a time. Left out are layers that attend to
@@ -181,8 +184,6 @@ def word_maps(pipe: Any, prompts: str | Sequence[str], *, steps: int = 20, seed:
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     if not given or not all(isinstance(prompt, str) and prompt.strip() for prompt in given):
         raise FieldError("word_maps()", "prompts", prompts, "must be a prompt or several, none empty", "a red cube")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise FieldError("word_maps()", "steps", steps, "must be 1 or more", 20)
     if taken := sorted(OWN & options.keys()):
         rule = "are set here, where one picture is made of each prompt: leave them out"
         raise FieldError("word_maps()", "options", taken, rule, ["guidance_scale"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.paper import Paper
+from heedful.core.ranges import PositiveInt, ProperShare
 
 if TYPE_CHECKING:
     from heedful.explaining.aim import Aim
@@ -42,21 +43,16 @@ class ReAGent:
             "Runs that are done are asked no more.",
         ),
     )
-    replaced: float = 0.3  # chance of each token to be replaced in a step; the authors: 0.1 to 0.3
-    kept: int = 5  # tokens that must carry the answer alone; the authors: 5 or 8
-    within: int = 5  # of the likeliest answers, where it must be found; the authors: 3 or 5
-    runs: int = 5  # from other beginnings; the authors: 3 to 10
-    steps: int = 3000  # after which a run ends all the same; the authors: 3000 to 5000
+    replaced: ProperShare = 0.3  # chance of each token to be replaced in a step; the authors: 0.1 to 0.3
+    kept: PositiveInt = 5  # tokens that must carry the answer alone; the authors: 5 or 8
+    within: PositiveInt = 5  # of the likeliest answers, where it must be found; the authors: 3 or 5
+    runs: PositiveInt = 5  # from other beginnings; the authors: 3 to 10
+    steps: PositiveInt = 3000  # after which a run ends all the same; the authors: 3000 to 5000
     among: tuple[int, ...] = ()  # tokens to draw from; (): the whole vocabulary
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_fields(self)
-        if not 0 < self.replaced < 1:
-            raise FieldError(self, "replaced", self.replaced, "must lie between 0 and 1", 0.3)
-        for name, good in (("kept", 5), ("within", 5), ("runs", 5), ("steps", 3000)):
-            if getattr(self, name) < 1:
-                raise FieldError(self, name, getattr(self, name), "must be 1 or more", good)
 
     @torch.no_grad()
     def scores(self, model: nn.Module, ids: Tensor, aim: Aim) -> Tensor:

@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.key_ranges import counts
 from heedful.core.mask import Blocks, Mask
 from heedful.core.method import Method
+from heedful.core.ranges import PositiveInt, Share
 from heedful.core.sites import Site, at
 from heedful.kit.seen import softmax_over
 
@@ -225,16 +226,10 @@ class BlockSparse(Method, abstract=True):
 
     causal = False  # a block of queries is judged as one, by its later rows too
     chunk_invariant = False  # blocks of queries begin with the call, and decoding is left alone
-    size: int = field(default=64, kw_only=True)  # tokens along a side of a block; `native` skips multiples of 32
-    most: float = field(
-        default=0.9, kw_only=True
-    )  # share of blocks above which a text is predicted slower: it stays dense
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more tokens", 64)
-        if not 0 <= self.most <= 1:
-            raise FieldError(self, "most", self.most, "must lie from 0 to 1", 0.9)
+    # tokens along a side of a block; `native` skips multiples of 32
+    size: PositiveInt = field(default=64, kw_only=True)
+    # share of blocks above which a text is predicted slower: it stays dense
+    most: Share = field(default=0.9, kw_only=True)
 
     @abstractmethod
     def choose(self, grid: Grid) -> Tensor | None:

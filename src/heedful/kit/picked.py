@@ -12,6 +12,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
+from heedful.core.ranges import NonNegativeInt, PositiveShare
 from heedful.core.sites import Site, at
 from heedful.kit.scores import scores_of
 from heedful.kit.seen import softmax_over
@@ -31,14 +32,8 @@ class PickedPatches(Method, abstract=True):
     every_token = True
     causal = False  # the whole image is looked at before it is chosen from
     chunk_invariant = False
-    layer: int = 22  # of the encoder, where patches are chosen; LLaVA's: the last but one of 24
-    share: float = 0.25  # of the patches that stay, rounded up
-
-    def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise FieldError(self, "layer", self.layer, "must be the number of a layer, from 0 up", 22)
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.25)
+    layer: NonNegativeInt = 22  # of the encoder, where patches are chosen; LLaVA's: the last but one of 24
+    share: PositiveShare = 0.25  # of the patches that stay, rounded up
 
     @classmethod
     def neutral(cls) -> Self:

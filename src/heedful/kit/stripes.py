@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
+from heedful.core.ranges import PositiveInt
 from heedful.core.sites import Site, at
 from heedful.kit.blocks import Grid
 from heedful.kit.chosen import Chosen
@@ -22,11 +22,7 @@ class StripeSparse(Method, abstract=True):
 
     causal = False  # a group of queries chooses as one, by its later rows too
     chunk_invariant = False  # groups of queries begin with the call
-    size: int = field(default=64, kw_only=True)  # queries in a block
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise FieldError(self, "size", self.size, "must be 1 or more tokens", 64)
+    size: PositiveInt = field(default=64, kw_only=True)  # queries in a block
 
     @property
     def group(self) -> int:

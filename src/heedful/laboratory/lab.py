@@ -13,6 +13,7 @@ from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import folder_for
 from heedful.core.kinds import Progress, Report
 from heedful.core.method import Method, Part, Scoped, Stack, as_stack
+from heedful.core.ranges import PositiveInt
 from heedful.laboratory.costs import PLAIN
 from heedful.laboratory.course import Course
 from heedful.laboratory.kinds import DEFAULTS, courses
@@ -29,7 +30,7 @@ def lab(
     mechanisms: Mapping[str, Mechanism] | Iterable[Mechanism] | None = None,
     kind: str = "lm",
     *,
-    seeds: int = 3,
+    seeds: PositiveInt = 3,
     tokens: int | None = None,
     out: str | Path | None = None,
     progress: Report | None = None,
@@ -43,8 +44,6 @@ def lab(
     """
     wanted = courses(kind, tokens)
     chosen = _chosen(mechanisms, kind)
-    if seeds < 1:
-        raise FieldError("lab()", "seeds", seeds, "must be 1 or more", 3)
     report = progress or (lambda _: None)
     kept = folder_for("lab()", out)
     with ExitStack() as stack:

@@ -8,7 +8,9 @@ import re
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
@@ -102,11 +104,7 @@ class OwnText(Given):
     about = "Language-model loss on text of your own, on the second half of each window."
     unit = "nats a token"
     more_is_better = False
-    length: int = 512  # tokens of a window; a shorter text is one window
-
-    def __post_init__(self) -> None:
-        if self.length < 16:
-            raise FieldError(self, "length", self.length, "must be 16 tokens or more", 512)
+    length: Annotated[int, Ge(16)] = 512  # tokens of a window; a shorter text is one window
 
     def available(self, tokenizer: Tokenizer) -> int:
         return len(_windows(self.rows, self.length, tokenizer))

@@ -18,6 +18,7 @@ from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
 from heedful.core.figures import percent
 from heedful.core.kinds import Prompt
+from heedful.core.ranges import PositiveInt, PositiveShare
 from heedful.core.regions import Roles
 from heedful.shown import Drawing, Shown
 from heedful.tasks._own import unbound
@@ -55,15 +56,9 @@ class Scenes(Task):
     is refused; the share that it names right is told beside the scores, which can be no surer.
     """
 
-    steps: int = 10  # that a picture is made in
-    least: float = 0.9  # share of the things in real pictures that the judge has to name right
+    steps: PositiveInt = 10  # that a picture is made in
+    least: PositiveShare = 0.9  # share of the things in real pictures that the judge has to name right
     judged: Judged | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise FieldError(self, "steps", self.steps, "must be 1 or more", 10)
-        if not 0 < self.least <= 1:
-            raise FieldError(self, "least", self.least, "must be a share above 0", 0.9)
 
     @abstractmethod
     def scene(self, tokenizer: Tokenizer, draw: random.Random) -> Scene:

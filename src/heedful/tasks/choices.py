@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from heedful.core.errors import FieldError
+from typing import Annotated
+
+from annotated_types import Interval
+
 from heedful.tasks._draft import Draft
 from heedful.tasks._texts import COLOURS, NAMES, THINGS
 from heedful.tasks.task import Choice, Item, Tokenizer
@@ -15,11 +18,7 @@ class IOI(Choice):
 
     name = "ioi"
     about = "Indirect object: tells who gets something from those who give it."
-    people: int = 3  # the paper's prompts: 2
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.people <= 8:
-            raise FieldError(self, "people", self.people, "must lie from 2 to 8", 3)
+    people: Annotated[int, Interval(ge=2, le=8)] = 3  # the paper's prompts: 2
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         draw = self.draw(seed, number)
@@ -60,11 +59,7 @@ class ColouredObjects(Choice):
 
     name = "coloured_objects"
     about = "Coloured objects: binds each thing to its own colour."
-    objects: int = 4
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.objects <= len(COLOURS):
-            raise FieldError(self, "objects", self.objects, f"must lie from 2 to {len(COLOURS)}", 4)
+    objects: Annotated[int, Interval(ge=2, le=len(COLOURS))] = 4
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         draw = self.draw(seed, number)

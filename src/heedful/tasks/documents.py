@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from heedful.core.errors import FieldError
+from typing import Annotated
+
+from annotated_types import Interval
+
 from heedful.tasks._draft import Draft
 from heedful.tasks._texts import NAMES
 from heedful.tasks.task import Choice, Item, Tokenizer
@@ -33,11 +36,7 @@ class DocumentQA(Choice):
 
     name = "documents"
     about = "Answers a question on one of several documents, by the document's place."
-    documents: int = 6  # people
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.documents <= len(CITIES):
-            raise FieldError(self, "documents", self.documents, f"must lie from 2 to {len(CITIES)}", 6)
+    documents: Annotated[int, Interval(ge=2, le=len(CITIES))] = 6  # people
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         draw, asked = self.draw(seed, number), number % self.documents

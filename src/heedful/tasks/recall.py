@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from typing import Annotated
+
+from annotated_types import Ge, Interval
 
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
@@ -14,12 +17,10 @@ from heedful.tasks.task import Item, Sheet, Task, Tokenizer, recalled
 class _Pairs(Task):
     """Words, each with a number."""
 
-    pairs: int = 8
+    pairs: Annotated[int, Interval(ge=2, le=len(WORDS))] = 8
     digits: int = 3  # of a number
 
     def __post_init__(self) -> None:
-        if not 2 <= self.pairs <= len(WORDS):
-            raise FieldError(self, "pairs", self.pairs, f"must lie from 2 to {len(WORDS)}", 8)
         if self.digits < 1 or 10**self.digits < self.pairs:
             raise FieldError(self, "digits", self.digits, "must give each pair a number of its own", 3)
 
@@ -85,11 +86,7 @@ class Induction(Task):
 
     name = "induction"
     about = "Predicts random tokens that came in this order before."
-    length: int = 64  # tokens that are repeated
-
-    def __post_init__(self) -> None:
-        if self.length < 2:
-            raise FieldError(self, "length", self.length, "must be 2 or more", 64)
+    length: Annotated[int, Ge(2)] = 64  # tokens that are repeated
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         pool = sorted({token for word in WORDS for token in tokenizer.encode(f" {word}", add_special_tokens=False)})

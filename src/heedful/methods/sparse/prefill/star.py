@@ -36,7 +36,7 @@ class STAR(PickedPatches):
             "For the second cut all text of the prompt counts, and nothing that is written later.",
         ),
     )
-    share: float = 0.5  # of the patches that the language model sees, rounded up
+    share: PositiveShare = 0.5  # of the patches that the language model sees, rounded up
     # of the language model's layers, the last that sees them all
     late: NonNegativeInt = 16
     late_share: PositiveShare = 0.25  # of these patches that its later layers see, rounded up
