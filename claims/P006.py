@@ -13,7 +13,7 @@ from claims._sight import BATCH, IMAGE, PATCHES, asked, model
 from claims.ledger import Claim, run
 from heedful import attach
 from heedful.authoring import Call, Method, Site, reads
-from heedful.core.method import Readings
+from heedful.core.entry import Readings
 from heedful.core.regions import Region
 from heedful.core.stats import Cat
 from heedful.methods import V2P

@@ -13,7 +13,7 @@ from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.authoring import Call, Method, Site, reads
-from heedful.core.method import Readings
+from heedful.core.entry import Readings
 from heedful.core.stats import Mean
 from heedful.methods import VAR
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from claims.ledger import Claim, run
 from heedful import attach
 from heedful.authoring import Call, Method, Site, Statistic, reads
-from heedful.core.method import Readings
+from heedful.core.entry import Readings
 from heedful.core.stats import Cat
 from heedful.methods import Cyclical
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from claims._loaded import encoder
 from claims._texts import sentences
 from claims.ledger import Claim, run
-from heedful.core.method import Readings
+from heedful.core.entry import Readings
 from heedful.core.stats import Cat
 from heedful.explaining.attribution import attribute
 from heedful.explaining.faithful import faithfulness

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from claims._pictures import GRID, ID, PATCH, SIDE, WORDS, draw
 from heedful import attach
 from heedful.authoring import Call, Method, Site, Statistic, reads
-from heedful.core.method import Part, Readings, Stack
+from heedful.core.entry import Readings
+from heedful.core.method import Part, Stack
 from heedful.core.stats import Cat
 from heedful.methods import AttentionKnockout
 

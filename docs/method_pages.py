@@ -12,7 +12,7 @@ from claims.ledger import RESULTS
 from heedful.catalogue import entries, family
 from heedful.cli.methods import sites
 from heedful.cli.show import settings
-from heedful.core.method import CatalogueEntry
+from heedful.core.entry import CatalogueEntry
 from heedful.core.paper import Paper
 from heedful.functions import functions
 

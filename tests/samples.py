@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from heedful.adapters.carried import shelf_of
 from heedful.core.call import CachedKV, Call, Merged, Phase
+from heedful.core.entry import Layer
 from heedful.core.kinds import HeadWeights
 from heedful.core.mask import First, Mask, Window
-from heedful.core.method import Layer, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.state import ByIndex

@@ -16,9 +16,10 @@ from torch import Tensor
 from heedful import attach, explain, models
 from heedful.conformance.tolerances import LOW_PRECISION, close, close_model, error, within_budget
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import BackendError, SiteError
 from heedful.core.mask import Blocks, Mask, Rule, Where
-from heedful.core.method import Layer, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, adds, at
 from heedful.engine import attend as attend_module
 from heedful.engine.attention_call import AttentionCall

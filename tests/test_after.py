@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from heedful import fit, models, operate
-from heedful.core.method import FitContext, Stack
+from heedful.core.entry import FitContext
+from heedful.core.method import Stack
 from heedful.methods import Absmax
 
 

@@ -22,11 +22,12 @@ from heedful.bench.records import Answered, Cost, Refused, line, read
 from heedful.bench.results import PLAIN, Ratio
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import CachedKV, Call
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Progress, Prompt, Read, Surgery, Tokens
-from heedful.core.method import Layer, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.methods.intervene.language.temp_scale import TempScale

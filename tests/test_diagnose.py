@@ -14,10 +14,11 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from heedful import attach, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
+from heedful.core.entry import Probe, Readings
 from heedful.core.errors import FieldError, RefusedModel, StatisticError
 from heedful.core.figures import Role
 from heedful.core.kinds import Progress
-from heedful.core.method import Method, Probe, Readings, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum

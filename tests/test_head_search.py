@@ -8,7 +8,8 @@ import torch
 
 from heedful import fit, models
 from heedful.conformance.tolerances import close_model
-from heedful.core.method import FitContext, Method, Stack
+from heedful.core.entry import FitContext
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.kit.head_search import gains, scores

@@ -12,10 +12,11 @@ from torch import Tensor
 from heedful import check
 from heedful.conformance import laws, subjects
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Reader, Surgery, Tokens
 from heedful.core.mask import Mask, Rule
-from heedful.core.method import Layer, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.positions import Pairs
 from heedful.core.sites import Site, at, reads

@@ -13,8 +13,9 @@ import heedful
 from heedful import catalogue
 from heedful.conformance.model_laws import composes
 from heedful.core import fitted, kinds, packed, reweight, rules, sites, state, stats, summary
+from heedful.core.entry import CatalogueEntry
 from heedful.core.errors import CatalogueError
-from heedful.core.method import CatalogueEntry, Method
+from heedful.core.method import Method
 
 
 def test_all_is_sorted_and_everything_in_it_is_there() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from heedful import Prompt, decode, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.kinds import NOTHING_READ, Decode, Read, Reader
-from heedful.core.method import Method, Readings, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum

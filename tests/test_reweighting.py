@@ -13,9 +13,10 @@ from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model, within_budget
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import DefinitionError, SiteError
 from heedful.core.mask import Causal, Mask, Padding, Rule, Window
-from heedful.core.method import Layer, Method, Part, Stack, as_stack
+from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.positions import Positions
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.sites import Site, at

@@ -18,9 +18,10 @@ import heedful.adapters.adapter  # now, so that a sweep under way does not see l
 from heedful.adapters.layers import interface_layers, leftovers
 from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close, error, unit, within_budget
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import HeedfulError, RefusedModel
 from heedful.core.mask import Mask
-from heedful.core.method import Layer, Method, Part
+from heedful.core.method import Method, Part
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Statistic, Sum

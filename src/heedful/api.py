@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
+from heedful.core.entry import CatalogueEntry, FitContext, Layer
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import (
     NOTHING,
@@ -26,7 +27,7 @@ from heedful.core.kinds import (
     Tokens,
     Vocabulary,
 )
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack
+from heedful.core.method import Method, Part, Stack
 from heedful.core.ranges import PositiveInt
 from heedful.core.regions import Roles
 from heedful.engine import select

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heedful.core.call import CachedKV, Call, Kept, Merged, Phase
+from heedful.core.entry import CatalogueEntry, FitContext, Layer, Probe, Readings
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.figures import Curves, Description, Finding, Grid, HeadMap, Intervals, Listing, Role, Scatter
 from heedful.core.fitted import Fitted
@@ -19,7 +20,7 @@ from heedful.core.kinds import (
     Weights,
 )
 from heedful.core.mask import Causal, First, Mask, Where, Window
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Probe, Readings, Stack
+from heedful.core.method import Method, Part, Stack
 from heedful.core.packed import Packed, Packing
 from heedful.core.paper import Paper
 from heedful.core.ranges import (

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.asked import asks
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, FoldError, RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Surgery
-from heedful.core.method import Layer, Method, Part, Scoped, Stack, as_stack, method_of
+from heedful.core.method import Method, Part, Scoped, Stack, as_stack, method_of
 from heedful.core.sites import Site
 
 

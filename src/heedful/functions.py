@@ -13,8 +13,8 @@ from typing import Any
 import heedful
 from heedful import explaining
 from heedful.catalogue import find
+from heedful.core.entry import CatalogueEntry
 from heedful.core.errors import CatalogueError, nearest
-from heedful.core.method import CatalogueEntry
 from heedful.core.paper import Paper
 from heedful.core.reading import name_in
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from heedful import fit, models
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
 from heedful.kit.batches import at_least_one, read, with_roles

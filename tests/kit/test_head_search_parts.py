@@ -11,8 +11,9 @@ import torch
 from heedful import fit, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, at
 from heedful.kit.head_search import at_end, gains, heads_here, scores
 from heedful.methods import LoFiT

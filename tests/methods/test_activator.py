@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.method import Layer
 from heedful.methods import Activator
 
 E, INNER = 24, 10

@@ -15,8 +15,8 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Phase
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
-from heedful.core.method import Readings
 from heedful.core.stats import Cat
 from heedful.methods.explain.attention_viz import AttentionViz, JointEmbedding
 from tests import readers

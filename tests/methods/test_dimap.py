@@ -8,9 +8,9 @@ from torch import Tensor
 
 from heedful import fit, models, operate
 from heedful.conformance.tolerances import close
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import Layer
 from heedful.methods import DIMAP
 
 PROJECTIONS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",)}

@@ -14,9 +14,9 @@ from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape, parameters
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Dense, Mask, Window
-from heedful.core.method import Layer
 from heedful.core.positions import Positions
 from heedful.kit.chosen import TOGETHER
 from heedful.methods import DynamicMaskAttention, SinkWindow

@@ -10,8 +10,8 @@ import torch
 from heedful import attach, models
 from heedful.conformance.bare import Bare, parameters
 from heedful.conformance.tolerances import close
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.method import Layer
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
 
 LAYER = Layer(number=0, heads=4, kv_heads=2, head_dim=10, value_dim=10, width=32)

@@ -15,8 +15,8 @@ from heedful.authoring import Fitted
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Phase
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
-from heedful.core.method import Readings
 from heedful.kit.written import map_of
 from heedful.methods import ImageDecomposition
 from heedful.methods.explain.image_decomposition import Contributions

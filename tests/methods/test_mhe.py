@@ -12,8 +12,8 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.method import Layer
 from heedful.core.positions import Positions
 from heedful.methods import MHE
 from tests.by_hand import llama_states

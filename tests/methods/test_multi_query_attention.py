@@ -12,9 +12,9 @@ from torch import Tensor
 from heedful import fold, models, operate
 from heedful.adapters.kvcache import cache_bytes
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import Layer
 from heedful.methods import MultiQueryAttention
 from tests.by_hand import causal_map, heads_of, llama_states
 

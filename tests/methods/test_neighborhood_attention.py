@@ -11,8 +11,8 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.method import Layer
 from heedful.core.regions import Region
 from heedful.methods import NeighborhoodAttention
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.method import Layer
 from heedful.methods.mechanisms.pooling.nested_attention import NestedAttention
 
 from .painter import HEADS, WIDTH, Painter, inputs

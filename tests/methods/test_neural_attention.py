@@ -13,8 +13,8 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
+from heedful.core.entry import Layer
 from heedful.core.errors import ClashError, FieldError, SiteError
-from heedful.core.method import Layer
 from heedful.methods import MultiTokenAttention, NeuralAttention
 from tests.by_hand import heads_of, llama_states
 

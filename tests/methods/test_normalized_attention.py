@@ -11,8 +11,8 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.method import Layer
 from heedful.methods import NormalizedAttention
 from tests.by_hand import heads_of, llama_states
 

@@ -14,8 +14,9 @@ from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat

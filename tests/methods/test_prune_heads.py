@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from heedful import Method, Site, attach, fit, fold, models, operate
 from heedful.authoring import Call, Fitted, at
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, FoldError
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import Layer
 from heedful.methods.compress.prune.prune_heads import PAPER, PruneHeads
 
 

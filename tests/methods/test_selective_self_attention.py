@@ -12,8 +12,8 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.method import Layer
 from heedful.methods import SelectiveSelfAttention
 from tests.by_hand import block_inputs, causal_map, heads_of, llama_states
 

@@ -12,8 +12,8 @@ from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.method import Layer
 from heedful.methods.intervene.language.task_vector import LearnableTaskVector, _Weights
 
 

@@ -8,9 +8,9 @@ import torch
 from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import Layer
 from heedful.methods.intervene.language.temp_scale import TempScale
 
 

@@ -14,8 +14,8 @@ from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.method import Layer
 from heedful.methods import SinkWindow, TokenFormer
 from tests.by_hand import block_inputs, causal_map, heads_of, llama_states
 

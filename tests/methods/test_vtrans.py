@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 from heedful import fit, fold, models, operate
 from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import Layer
 from heedful.methods import VTrans
 from tests.by_hand import Steps, causal_map, heads_of, llama_states
 

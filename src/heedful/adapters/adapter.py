@@ -21,8 +21,9 @@ from heedful.adapters.projections import size_of
 from heedful.adapters.saving import Saving, adopted
 from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import beside
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
-from heedful.core.method import Layer, Stack
+from heedful.core.method import Stack
 from heedful.core.sites import Site
 from heedful.engine.run import Run
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from heedful.adapters.biases import shapes
 from heedful.adapters.projections import Projections
-from heedful.core.method import Layer
+from heedful.core.entry import Layer
 from heedful.core.sites import Site
 
 PROJECTED = frozenset({Site.QUERY, Site.KEY})

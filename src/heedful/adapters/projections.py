@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from heedful.adapters.around import gives_alone, linear_in, whatever_is_around
 from heedful.adapters.layers import own_source, uses_interface
+from heedful.core.entry import Layer
 from heedful.core.errors import RefusedModel
-from heedful.core.method import Layer
 
 QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q", "linear_q")
 KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k", "linear_k")

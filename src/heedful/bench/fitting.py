@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from heedful.core.entry import CatalogueEntry
 from heedful.core.kinds import Progress
-from heedful.core.method import CatalogueEntry, Scoped, Stack, method_of
+from heedful.core.method import Scoped, Stack, method_of
 from heedful.models import Loaded
 from heedful.text_models import Contender
 

@@ -19,8 +19,8 @@ from heedful.core.files import is_there
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from heedful.core.entry import CatalogueEntry
     from heedful.core.kinds import Measure
-    from heedful.core.method import CatalogueEntry
     from heedful.diagnosis.profile import Profile
     from heedful.models import Loaded
 

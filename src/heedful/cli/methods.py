@@ -14,7 +14,7 @@ from heedful.cli.console import console
 from heedful.core.errors import CatalogueError
 
 if TYPE_CHECKING:
-    from heedful.core.method import CatalogueEntry
+    from heedful.core.entry import CatalogueEntry
 
 
 def sites(kind: type[CatalogueEntry]) -> str:

@@ -13,7 +13,7 @@ import typer
 from heedful.cli.console import console
 
 if TYPE_CHECKING:
-    from heedful.core.method import CatalogueEntry
+    from heedful.core.entry import CatalogueEntry
     from heedful.core.paper import Paper
 
 

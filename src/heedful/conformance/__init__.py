@@ -9,8 +9,8 @@ import torch
 from heedful.conformance import place
 from heedful.conformance.verdict import Broken, DoesNotApply, Law, Report, Verdict
 from heedful.core.asked import asks
+from heedful.core.entry import CatalogueEntry
 from heedful.core.errors import FieldError, nearest
-from heedful.core.method import CatalogueEntry
 
 __all__ = ["Law", "Report", "Verdict", "check", "laws"]
 

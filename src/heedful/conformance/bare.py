@@ -12,9 +12,10 @@ from torch import Tensor
 
 from heedful.conformance.place import place, reseeded
 from heedful.core.call import Call, Phase
+from heedful.core.entry import Layer
 from heedful.core.errors import BackendError
 from heedful.core.mask import Causal, Mask, Padding, Rule
-from heedful.core.method import Layer, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
 from heedful.core.regions import Region
 from heedful.core.stats import Statistic

@@ -34,8 +34,9 @@ from heedful.conformance.subjects import (
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.call import Call
+from heedful.core.entry import CatalogueEntry
 from heedful.core.errors import ClashError, HeedfulError
-from heedful.core.method import CatalogueEntry, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from heedful.core.asked import require_fields
 from heedful.core.call import NO_ROLES
+from heedful.core.entry import CatalogueEntry, FitContext, Layer
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Description
 from heedful.core.fitted import Fitted
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack, as_stack
+from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.regions import Roles, Span
 from heedful.core.sites import Site
 

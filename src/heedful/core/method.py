@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heedful.core.asked import whole_number
 from heedful.core.call import Call, Phase
-from heedful.core.entry import CatalogueEntry, FitContext, Layer, Probe, Readings, Session
+from heedful.core.entry import CatalogueEntry, Layer, Probe, Readings
 from heedful.core.errors import ClashError, DefinitionError, FieldError, SiteError, shown
 from heedful.core.figures import Description
 from heedful.core.paper import UNPUBLISHED
@@ -23,11 +23,6 @@ from heedful.core.stats import Statistic
 
 if TYPE_CHECKING:
     from heedful.core.kinds import HeadWeights
-
-__all__ = [
-    "CatalogueEntry", "FitContext", "Layer", "Method", "Part", "Probe", "Readings", "Scoped", "Session", "Stack",
-    "Step", "clash", "method_of",
-]  # fmt: skip
 
 
 class _Edits:

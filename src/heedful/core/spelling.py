@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from heedful.core.entry import CatalogueEntry
 from heedful.core.errors import DefinitionError, FieldError, HeedfulError
 from heedful.core.fitted import Fitted
-from heedful.core.method import CatalogueEntry, Scoped, method_of
+from heedful.core.method import Scoped, method_of
 
 SHIPPED = "heedful.methods."
 SCOPE = ("layers", "heads", "phase", "steps")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head, shrunk
 from heedful.core.kinds import Progress
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.regions import Region
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic

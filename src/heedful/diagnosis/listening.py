@@ -11,8 +11,9 @@ from torch import Tensor
 
 from heedful.adapters.choosing import adapter_for
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.figures import Head
-from heedful.core.method import Method, Readings, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.core.summary import Summary, sums

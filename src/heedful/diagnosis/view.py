@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head, Role
 from heedful.core.kinds import Progress
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic

@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from heedful.core.method import Layer, Method, Stack
+from heedful.core.entry import Layer
+from heedful.core.method import Method, Stack
 
 PREFIX = "heedful_"
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from heedful.core.asked import asks
 from heedful.core.call import DenoisingStep
+from heedful.core.entry import Layer, Readings
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, StatisticError
 from heedful.core.figures import printed
-from heedful.core.method import Layer, Method, Part, Readings, Stack, Step, as_stack
+from heedful.core.method import Method, Part, Stack, Step, as_stack
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stats import Statistic, load, save
 from heedful.engine.activity import Activity, Difference, density_of, first_output

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Part
+from heedful.core.method import Part
 
 T = TypeVar("T")
 Batch = Mapping[str, Any]

@@ -10,8 +10,9 @@ from annotated_types import doc
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Session
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Part, Session, Stack
+from heedful.core.method import Part, Stack
 from heedful.core.ranges import NonNegativeInt
 from heedful.kit.batches import Batch
 

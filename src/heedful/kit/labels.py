@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from heedful.core.entry import Session
 from heedful.core.errors import FieldError
-from heedful.core.method import Session
 
 
 def labelled(batch: Mapping[str, Any]) -> dict[str, Any]:

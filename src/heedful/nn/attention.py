@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache
 from heedful.adapters.compiled import as_written
 from heedful.adapters.kvcache import seen
 from heedful.core.asked import asks
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.method import Layer, Part, Stack, as_stack
+from heedful.core.method import Part, Stack, as_stack
 from heedful.nn.calling import Given, attended
 from heedful.nn.masks import Sizes, told
 from heedful.nn.served import Served

@@ -10,8 +10,9 @@ from heedful.adapters.carried import shelf_of
 from heedful.adapters.compiled import as_written
 from heedful.core.asked import asks
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.method import Layer, Part, Stack, as_stack
+from heedful.core.method import Part, Stack, as_stack
 from heedful.core.positions import Positions
 from heedful.core.regions import Region
 from heedful.core.sites import Site

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from heedful.core.method import Layer, Stack
+from heedful.core.entry import Layer
+from heedful.core.method import Stack
 from heedful.engine.again import stand_around
 from heedful.engine.run import Run
 from heedful.nn.serving import ModuleAdapter

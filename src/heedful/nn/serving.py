@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from heedful.adapters.planted import Planted
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.method import Layer, Stack
+from heedful.core.method import Stack
 from heedful.core.sites import Site
 from heedful.engine.run import Run
 

@@ -29,8 +29,8 @@ from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.written import Trail
 from heedful.adapters.projections import heads_told
 from heedful.adapters.taking import Taking, put, stream_of
+from heedful.core.entry import Layer
 from heedful.core.errors import RefusedModel
-from heedful.core.method import Layer
 from heedful.engine.leaving import as_it_was
 from heedful.engine.resting import undone
 

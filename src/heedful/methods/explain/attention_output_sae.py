@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, HeadMap, Listing, head_name, percent
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from heedful.core.sites import Site, reads

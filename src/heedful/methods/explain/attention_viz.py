@@ -10,8 +10,9 @@ from annotated_types import Ge
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import Readings
 from heedful.core.figures import Description, Finding, HeadMap, head_name
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat

@@ -13,10 +13,11 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, Head, HeadMap, Role, head_name
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from heedful.core.sites import Site, reads

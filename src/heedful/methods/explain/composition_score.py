@@ -9,11 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, Head, HeadMap, Listing, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Weights
-from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt
 

@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from heedful.core.entry import FitContext
 from heedful.core.figures import Curves, Description, Finding, HeadMap, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Weights
-from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 
 

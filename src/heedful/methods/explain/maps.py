@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, HeadMap, Role, head_name, percent
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Weights
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, PositiveInt, PositiveShare
 from heedful.core.sites import Site, at, reads

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
-from heedful.core.method import Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import Probe, Readings
 from heedful.core.figures import Description, Finding, Head, HeadMap, Role, counted, head_name, percent
-from heedful.core.method import Method, Probe, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt, ShareBelowOne
 from heedful.core.stats import Mean, Statistic

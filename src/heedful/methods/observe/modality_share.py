@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, percent
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.positions import spread_heads
 from heedful.core.stats import Mean, Statistic

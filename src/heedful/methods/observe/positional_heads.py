@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, percent
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt, ProperShare
 from heedful.core.sites import Site, reads

@@ -11,8 +11,9 @@ from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import Readings
 from heedful.core.figures import Curves, Description, Finding, percent
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import Probe, Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, Head, HeadMap, Role, head_name, percent
-from heedful.core.method import Method, Probe, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt, Share, ShareBelowOne
 from heedful.core.stats import Statistic

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import Readings
 from heedful.core.figures import Curves, Description, Finding, Listing, layers_from, percent
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveFloat, PositiveInt, ProperShare
 from heedful.core.sites import Site, reads

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import Readings
 from heedful.core.figures import Curves, Description, Finding, HeadMap
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean

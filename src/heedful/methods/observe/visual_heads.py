@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.figures import (
     Curves,
     Description,
@@ -22,7 +23,7 @@ from heedful.core.figures import (
     layers_from,
     percent,
 )
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.positions import spread_heads
 from heedful.core.ranges import ProperShare, RoleName

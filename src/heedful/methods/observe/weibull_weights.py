@@ -12,10 +12,10 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from heedful.core.entry import FitContext
 from heedful.core.figures import Curves, Description, Finding
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Weights
-from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 from heedful.core.ranges import ProperShare
 

@@ -7,10 +7,10 @@ from typing import Literal, Self
 
 import torch
 
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
-from heedful.core.method import Layer
 from heedful.core.ranges import Share
 from heedful.kit.head_search import Head
 

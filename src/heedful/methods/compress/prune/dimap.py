@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.core.entry import FitContext, Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
-from heedful.core.method import FitContext, Layer
 from heedful.core.paper import Paper
 from heedful.core.ranges import ShareBelowOne
 

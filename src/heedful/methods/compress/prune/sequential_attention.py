@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Layer
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Layer, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at

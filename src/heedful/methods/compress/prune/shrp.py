@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, one_hot
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Layer, Readings
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Layer, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at, reads

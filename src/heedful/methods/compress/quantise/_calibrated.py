@@ -12,10 +12,11 @@ from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
-from heedful.core.method import FitContext, Layer, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.kit.batches import at_least_one

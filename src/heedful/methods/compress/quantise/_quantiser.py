@@ -7,9 +7,9 @@ from dataclasses import field, replace
 
 from torch import Tensor
 
+from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights, Surgery
-from heedful.core.method import Layer
 
 LETTERS = "qkvo"
 

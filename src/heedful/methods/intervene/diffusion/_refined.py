@@ -7,8 +7,9 @@ from abc import abstractmethod
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeFloat, RoleName, ShareBelowOne
 from heedful.kit.batches import read, with_roles

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
-from heedful.core.method import FitContext, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt, Share
 from heedful.core.sites import Site, at

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Mean
 from heedful.kit.batches import Batch

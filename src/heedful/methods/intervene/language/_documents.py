@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.method import Method, Readings
+from heedful.core.entry import Readings
+from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 

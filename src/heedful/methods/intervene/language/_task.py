@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import CatalogueEntry, FitContext, Session
 from heedful.core.errors import FieldError
-from heedful.core.method import CatalogueEntry, FitContext, Method, Session
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.entry import FitContext, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveShare
 from heedful.core.sites import Site, at

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveFloat, PositiveInt
 from heedful.core.sites import Site, at

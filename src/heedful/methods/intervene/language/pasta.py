@@ -11,8 +11,9 @@ from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import Layers, PositiveInt, RoleName
 from heedful.core.reweight import Reweight, reweights

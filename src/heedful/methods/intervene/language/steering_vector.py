@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Layer
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import FitContext, Layer
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.methods.intervene.language._contrast import AddsVector, contrast

@@ -7,8 +7,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import Layer, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveFloat
 from heedful.core.sites import Site, at

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.kinds import Prompt
 from heedful.core.mask import Mask, Where
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
 from heedful.kit.picked import best

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from heedful.core.call import Call
-from heedful.core.method import Layer, Method
+from heedful.core.entry import Layer
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import RoleName
 from heedful.core.regions import by_text, numbers

@@ -11,8 +11,9 @@ from annotated_types import MinLen
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, PositiveFloat, RoleName, Share
 from heedful.core.sites import Site, at, reads

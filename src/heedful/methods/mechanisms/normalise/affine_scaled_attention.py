@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.call import Call
+from heedful.core.entry import Layer
 from heedful.core.errors import SiteError
-from heedful.core.method import Layer, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import ShareBelowOne
 from heedful.core.sites import Site, at, reads

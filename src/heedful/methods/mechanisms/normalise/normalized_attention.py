@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.method import Layer, Method
+from heedful.core.entry import Layer
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveFloat
 from heedful.core.sites import Site, at

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method
 from heedful.core.stats import Sum
 from heedful.kit.seeds import drawn_for, seed_of
 

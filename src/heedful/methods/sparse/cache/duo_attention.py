@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
+from heedful.core.entry import FitContext, Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.mask import First, Mask, Rule, Window
-from heedful.core.method import FitContext, Layer, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from heedful.core.sites import Site, at

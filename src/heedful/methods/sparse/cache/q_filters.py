@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
+from heedful.core.entry import FitContext
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt
 from heedful.core.sites import Site, at, reads

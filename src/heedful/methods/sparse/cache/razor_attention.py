@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
+from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.positions import Positions
 from heedful.core.ranges import NonNegativeInt, PositiveInt, Share

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
+from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import OddInt, PositiveInt, Share
 from heedful.core.sites import Site, at, reads

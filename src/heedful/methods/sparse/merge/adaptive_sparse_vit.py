@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Merged
-from heedful.core.method import Layer
+from heedful.core.entry import Layer
 from heedful.core.paper import Paper
 from heedful.core.ranges import Layers, NonNegativeFloat, PositiveFloat, PositiveShare
 from heedful.core.sites import Site, at, penalises, reads

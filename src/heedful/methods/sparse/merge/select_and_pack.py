@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Merged
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, ShareBelowOne
 from heedful.core.sites import Site, at, reads

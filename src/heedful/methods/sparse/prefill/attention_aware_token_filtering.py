@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Dense, Mask
-from heedful.core.method import FitContext, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveShare
 from heedful.core.sites import Site, at

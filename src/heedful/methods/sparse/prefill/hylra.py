@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import FitContext, Readings
 from heedful.core.mask import Mask
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, PositiveShare
 from heedful.core.sites import Site, reads

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.call import Call, Phase
+from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Mask
-from heedful.core.method import FitContext, Method
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare, Share
 from heedful.core.sites import Site, reads

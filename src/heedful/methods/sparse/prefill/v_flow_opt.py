@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot
 
 from heedful.core.call import Call
+from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method, Readings
+from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeFloat, PositiveInt
 from heedful.core.regions import Region
