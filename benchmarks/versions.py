@@ -34,6 +34,7 @@ SHOWN = [
     "transformers",
     "torch",
     "safetensors",
+    "annotated-types",
     "numpy",
     "typer",
     "rich",
