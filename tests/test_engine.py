@@ -18,7 +18,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, error, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import BackendError, DefinitionError, FieldError, SiteError
-from heedful.core.mask import Blocks, Causal, Dense, Mask
+from heedful.core.mask import Blocks, Causal, Dense, Mask, Rule
 from heedful.core.method import Stack
 from heedful.core.stats import Sum
 from heedful.engine.attend import attend
@@ -127,7 +127,8 @@ class Smeared(Method):
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-def test_a_pair_that_a_step_hid_is_masked_for_those_that_follow(backend: str) -> None:
+@pytest.mark.parametrize("rules", [None, ()], ids=["causal", "both sides"])
+def test_a_pair_that_a_step_hid_is_masked_for_those_that_follow(backend: str, rules: tuple[Rule, ...] | None) -> None:
     class Seen(Method):
         paper = PAPER
 
@@ -137,10 +138,11 @@ def test_a_pair_that_a_step_hid_is_masked_for_those_that_follow(backend: str) ->
             assert not call.keep[..., 0].any()
             return weights
 
-    found = run(Block() | Smeared() | Seen(), Bare(), backend)
-    bare = Bare()
+    found = run(Block() | Smeared() | Seen(), Bare(rules=rules), backend)
+    bare = Bare(rules=rules)
     rows = torch.arange(bare.shape.q)[:, None]
-    hidden = (torch.arange(bare.shape.k) > rows) | (torch.arange(bare.shape.k) == 0)
+    later = torch.arange(bare.shape.k) > rows if rules is None else torch.zeros(len(rows), bare.shape.k).bool()
+    hidden = later | (torch.arange(bare.shape.k) == 0)
     k, v = (x.double().repeat_interleave(bare.shape.h // bare.shape.g, 1) for x in (bare.k, bare.v))
     scores = bare.q.double() @ k.mT * bare.call.scale
     scores = scores * scores.masked_fill(hidden, 0.0).sum(-1, keepdim=True)

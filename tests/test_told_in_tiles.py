@@ -87,8 +87,8 @@ def test_entropy_and_peak_are_those_of_each_row(
     scores = _scores(q, k)
     weights = _weights(scores + 0.5 * torch.nn.functional.pad(scores, (0, 0, 1, 0))[..., :-1, :] if above else scores)
     (told,) = seen.seen
-    assert close(told.entropy, torch.special.entr(weights).sum(-1).float())
-    assert close(told.peak, weights.amax(-1).float())
+    assert close(told.entropy, torch.special.entr(weights).sum(-1).float())  # type: ignore[arg-type]
+    assert close(told.peak, weights.amax(-1).float())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
@@ -113,3 +113,23 @@ def test_what_goes_by_distance_and_what_does_not_add_up(backend: str) -> None:
     for stack in (Nearer() | Even(), Even() | Nearer()):
         found = run(backend, stack, q, k, v, a_call(shape, CAUSAL))
         assert close(found, (_weights(scores) @ v.double().repeat_interleave(2, 1)).float())
+
+
+class Fewer(Everything):
+    """Carries columns of its own."""
+
+    def carries(self, call: Call) -> Tensor:
+        return torch.sin(call.keys.index[:, 0, :, None] * torch.arange(5))
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "native"])
+def test_each_reader_gets_the_columns_that_it_carries(backend: str) -> None:
+    shape = (2, 4, 2, 20, 20, 8, 8)
+    wide, narrow = Everything([]), Fewer([])
+    for stack in (wide | narrow, narrow | wide):
+        run(backend, stack, *draw(shape), a_call(shape, CAUSAL))
+    weights = _weights(_scores(*draw(shape)[:2])).mean(1)
+    for reader in (wide, narrow):
+        columns = reader.carries(a_call(shape, CAUSAL))
+        for told in reader.seen:
+            assert close(told.carried, (weights @ columns.double()).float())  # type: ignore[arg-type]
