@@ -153,3 +153,20 @@ def test_later_parts_still_know_that_the_model_is_causal() -> None:
         seen["mask"].clear(), seen["pattern"].clear()
     run(Stack((Looks(),)), Bare(text=TEXT, rules=(Padding(TEXT),)))
     assert seen == {"mask": {(False, False)}, "pattern": {(False, False)}}
+
+
+def test_who_comes_to_heads_that_are_open_is_given_no_causality() -> None:
+    given: list[bool] = []
+
+    class Looks(Method):
+        paper = PAPER
+        causal = False
+
+        @at(Site.MASK)
+        def look(self, mask: Mask, call: Call) -> Mask:
+            given.append(mask.causal)
+            return mask
+
+    for heads in ([0], [1], [0, 1]):
+        run(Ahead().on(heads=[0]) | Looks().on(heads=heads), Bare())
+    assert given == [False, True, True]

@@ -115,6 +115,14 @@ def test_what_goes_by_distance_and_what_does_not_add_up(backend: str) -> None:
         assert close(found, (_weights(scores) @ v.double().repeat_interleave(2, 1)).float())
 
 
+@pytest.mark.parametrize("backend", ["reference", "tiled", "native"])
+def test_a_key_s_mean_is_over_the_queries_that_may_see_it(backend: str) -> None:
+    shape, seen = (2, 4, 2, 20, 20, 8, 8), Everything([])
+    q, k, v = draw(shape)
+    run(backend, seen, q, k, v, a_call(shape, CAUSAL))
+    assert close(seen.seen[0].mean, (_weights(_scores(q, k)).sum(-2) / torch.arange(20, 0, -1)).float())
+
+
 class Fewer(Everything):
     """Carries columns of its own."""
 
