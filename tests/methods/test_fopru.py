@@ -132,3 +132,8 @@ def test_defaults_and_wrong_fields(model: Any, inputs: Any) -> None:
     with idle, torch.no_grad(), heedful.attach(model, FoPru(layer=1, share=1.0), roles=ROLES) as run:
         found = run(**inputs).logits
     assert torch.equal(found, model(**inputs).logits)
+
+
+def test_of_what_varies_as_much_what_is_given_counts() -> None:
+    weights = torch.tensor([[[0.1, 0.1], [0.7, 0.1]]])
+    assert torch.equal(significance(weights), weights.mean(2))

@@ -203,3 +203,8 @@ def test_a_text_too_short_for_a_frame_is_told_as_none(model) -> None:
     frames = found(model, {"input_ids": ids(2)})
     assert frames.layers == {}
     assert str(frames).startswith("none frame")
+
+
+def test_a_share_is_reached_where_it_is_met() -> None:
+    counted = ReferenceFrames(share=0.25)._counted(torch.ones(1, 4), torch.tensor([[4]]))
+    assert counted[1:5].tolist() == [0, 1, 0, 0]

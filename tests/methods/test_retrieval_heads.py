@@ -168,3 +168,10 @@ def test_says_what_is_wrong(name: str, value: object) -> None:
 def test_layers_of_unlike_width_have_one_map() -> None:
     found = Retrieval({0: torch.tensor([0.5, 0.25]), 1: torch.tensor([1.0, 0.0, 0.75])}).map
     assert found.nan_to_num(-1.0).tolist() == [[0.5, 0.25, -1.0], [1.0, 0.0, 0.75]]
+
+
+def test_needles_share_a_prompt_that_just_holds_them() -> None:
+    method = RetrievalHeads(length=120, together=True)  # three needles of 16 with cues of 4, and their answers
+    (probe,) = method.probes(torch.arange(1000), 120)
+    assert probe.tokens.shape == (1, 120)
+    assert len(probe.roles[0]["needle"]) == 3  # type: ignore[index]

@@ -210,3 +210,8 @@ def test_heads_are_told_apart_up_to_a_place(model) -> None:
 def test_where_the_first_layer_parks_no_later_one_is_named() -> None:
     rate = torch.tensor([[0.9, 0.8], [0.1, 0.2], [0.9, 0.8]])
     assert "from layer" not in _finding(rate, [0, 1, 2], "0.3").text
+
+
+def test_where_all_places_are_early_none_is_later() -> None:
+    found = Columns.of(torch.ones(2, 3, 5), torch.ones(3, 5), None)
+    assert (found.early.shape, found.later.shape, found.later_count.shape) == ((2, 3, 5), (2, 0), (2, 0))
