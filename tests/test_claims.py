@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from claims import _page, ledger
-from claims._page import ABOUT, change, counts, interval, needed, page, records, surprise, surprises, table, undoing
+from claims._page import ABOUT, change, counts, interval, needed, page, records, sureness, surest, table, undoing
 from claims._texts import apart, passages, sentences
 from claims.ledger import HOLDS, REVERSED, UNSEEN, WEAKER, WORDS, Claim, Record, claims, verdict, words
 
@@ -42,9 +42,9 @@ def record(key: str, effects: list[float], strong: float = 0.0) -> Record:
 FAR, MIDDLE, NEAR = [-5.0, -5.0, -5.0, -5.0, -5.1], [-5.0, -5.0, -5.0, -5.0, -6.0], [-9.0, -9.0, -9.0, -5.0, -2.0]
 
 
-def test_the_most_surprising_are_the_reversed_furthest_from_zero_in_half_widths() -> None:
+def test_the_surest_are_the_reversed_furthest_from_zero_in_half_widths() -> None:
     # mean -5.02, spread 0.0447, 2.78 sqrt(1/5) of it: 0.0556; (5.02 - 0.0556) / 0.0556
-    assert 89 < surprise(record("far", FAR)) < 90
+    assert 89 < sureness(record("far", FAR)) < 90
     found = [
         record(key, effects)
         for key, effects in {
@@ -53,7 +53,7 @@ def test_the_most_surprising_are_the_reversed_furthest_from_zero_in_half_widths(
             "nearest": [-9.0, -9.0, -1.0, -5.0, -2.0],
         }.items()
     ]  # fmt: skip
-    assert [r.key for r in surprises(found)] == ["far", "middle", "near"]
+    assert [r.key for r in surest(found)] == ["far", "middle", "near"]
     assert counts(found) == "6 claims measured: 1 holds, 1 not seen at this scale, 4 reversed at this scale."
 
 
@@ -91,13 +91,13 @@ def test_a_verdict_says_its_interval_its_draws_and_what_would_change_it() -> Non
     assert rows[2][-4:] == ["+1.04 [+0.898, +1.18]", "5", "**holds**", change(held)]
 
 
-def test_the_page_opens_with_the_counts_and_three_surprises() -> None:
+def test_the_page_opens_with_the_counts_and_the_three_surest_reversals() -> None:
     found = records()
     opening, _, rest = page().partition("Each row below")
     lines = [line for line in opening.splitlines() if line]
     assert lines[1] == counts(found)
     assert "95 % interval lies furthest from zero" in lines[2]
-    assert [line.split(")")[0].split("(")[1] for line in lines[3:]] == [r.key for r in surprises(found)]
+    assert [line.split(")")[0].split("(")[1] for line in lines[3:]] == [r.key for r in surest(found)]
     assert len(lines) == 6
     assert all(f"| {r.key} |" in rest for r in found)
     assert ABOUT.partition("Each row below")[2].strip().splitlines()[0] in rest
