@@ -152,6 +152,32 @@ def test_a_claim_that_was_stopped_goes_on_with_the_next_seed(tmp_path: Path, mon
     assert record.seconds == 300.0, "what a seed took is kept with it"
 
 
+def test_again_measures_what_is_named_and_a_record_stays_until_the_next_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "RESULTS", tmp_path)
+    monkeypatch.setattr(ledger, "KEPT", tmp_path / "kept")
+    broken = [True]
+
+    def measure(seed: int) -> tuple[float, dict[str, float]]:
+        if seed == 3 and broken:
+            raise ValueError("broken")
+        return seed + 1.0, {}
+
+    found = {key: Claim(key, "M", "it works.", "none", "a model", "gain", measure) for key in ("P1", "P2")}
+    monkeypatch.setattr(ledger, "claims", lambda: found)
+    monkeypatch.setattr("sys.argv", ["ledger", "--again", "P1"])
+    for key in found:
+        (tmp_path / f"{key}.json").write_text("old")
+    with pytest.raises(ValueError, match="broken"):
+        ledger.main()
+    assert [(tmp_path / f"{key}.json").read_text() for key in found] == ["old", "old"]
+    broken.clear()
+    ledger.main()
+    assert json.loads((tmp_path / "P1.json").read_text())["effects"] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert (tmp_path / "P2.json").read_text() == "old"
+
+
 def test_seeds_are_kept_for_the_same_code_and_versions_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = {
         "P1": "from claims import P2\n", "P2": "def later():\n    import claims._texts, torch\n", "P3": "",
