@@ -35,7 +35,9 @@ CLAIM = Claim(
     paper_number="CHAIR_S 49.7 to 33.3 (LLaVA-1.5-7B)",
     setup=f"SmolLM2-135M; {PROMPTS} prompts in which two of 8 lines give a thing different codes and one of them is "
     "marked; layers 1 and 17 to 29. Against no edit and against another marked place, whichever is better. Random "
-    "heads in the details. No vision model was at hand. (Measured before over 3 seeds against no edit: -1.99.)",
+    "heads in the details: twice as much from any half of the heads of these layers costs about as much, so that no "
+    "edit is the better control in every draw. P054_sight is of pictures. (Measured before over 3 seeds against no "
+    "edit: -1.99.)",
     effect="log-probability of the code that the marked line gives, over nothing or another place marked",
     measure=measure,
     strong=0.1,

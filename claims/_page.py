@@ -1,4 +1,4 @@
-"""The ledger as a page: how many claims hold, what surprises most, and each verdict with what would change it."""
+"""The ledger as a page: how many claims hold, the surest reversals, and each verdict with what would change it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from collections import Counter
 from claims.ledger import FEWEST, HOLDS, RESULTS, REVERSED, UNSEEN, WEAKER, Record, verdict
 from heedful.laboratory.differences import Difference, student
 
-SURPRISES = 3
+SUREST = 3
 MOST = 100  # draws beyond which more of them are no plan
 ABOUT = f"""# The ledger: which claims hold when someone else measures them
 
 {{counts}}
 
-The most surprising, by rule: among the claims that came out reversed, those whose 95 % interval lies furthest from \
-zero, counted in halves of their own width.
+The surest reversals, by rule: among the claims that came out reversed, those whose 95 % interval lies furthest from \
+zero, counted in halves of their own width. That says how little the draws differ, not how large an effect is: one \
+that is told against a fixed number instead of a control comes first easily.
 
-{{surprises}}
+{{surest}}
 
 Each row below is one small experiment (`claims/`), run over several draws on two CPU cores; a draw has a seed \
 of its own, and in claims made or renewed since that was asked also texts and fits of its own. The verdict comes \
@@ -52,16 +53,16 @@ def counts(found: list[Record]) -> str:
     return f"{len(found)} claims measured: {words}."
 
 
-def surprise(record: Record) -> float:
+def sureness(record: Record) -> float:
     """How far the interval lies from zero, in halves of its width: the nearer end's distance."""
     found = Difference.of(record.effects)
     half = (found.high - found.low) / 2
     return math.inf if half == 0 else (abs(found.mean) - half) / half
 
 
-def surprises(found: list[Record]) -> list[Record]:
+def surest(found: list[Record]) -> list[Record]:
     """The reversed claims whose intervals lie furthest from zero."""
-    return sorted((r for r in found if r.verdict == REVERSED), key=surprise, reverse=True)[:SURPRISES]
+    return sorted((r for r in found if r.verdict == REVERSED), key=sureness, reverse=True)[:SUREST]
 
 
 def undoing(effects: list[float], strong: float) -> float:
@@ -121,7 +122,7 @@ def page() -> str:
     found = records()
     told = "\n".join(
         f"{place}. {r.method} ({r.key}). The paper says: {r.says.rstrip('.')}. Here, {r.effect}: {interval(r)} over "
-        f"{len(r.effects)} draws, {surprise(r):.1f} half-widths from zero."
-        for place, r in enumerate(surprises(found), 1)
+        f"{len(r.effects)} draws, {sureness(r):.1f} half-widths from zero."
+        for place, r in enumerate(surest(found), 1)
     )
-    return ABOUT.format(counts=counts(found), surprises=told) + "\n" + table(found) + "\n"
+    return ABOUT.format(counts=counts(found), surest=told) + "\n" + table(found) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from claims import _page, ledger
-from claims._page import ABOUT, change, counts, interval, needed, page, records, surprise, surprises, table, undoing
+from claims._page import ABOUT, change, counts, interval, needed, page, records, sureness, surest, table, undoing
 from claims._texts import apart, passages, sentences
 from claims.ledger import HOLDS, REVERSED, UNSEEN, WEAKER, WORDS, Claim, Record, claims, verdict, words
 
@@ -42,9 +42,9 @@ def record(key: str, effects: list[float], strong: float = 0.0) -> Record:
 FAR, MIDDLE, NEAR = [-5.0, -5.0, -5.0, -5.0, -5.1], [-5.0, -5.0, -5.0, -5.0, -6.0], [-9.0, -9.0, -9.0, -5.0, -2.0]
 
 
-def test_the_most_surprising_are_the_reversed_furthest_from_zero_in_half_widths() -> None:
+def test_the_surest_are_the_reversed_furthest_from_zero_in_half_widths() -> None:
     # mean -5.02, spread 0.0447, 2.78 sqrt(1/5) of it: 0.0556; (5.02 - 0.0556) / 0.0556
-    assert 89 < surprise(record("far", FAR)) < 90
+    assert 89 < sureness(record("far", FAR)) < 90
     found = [
         record(key, effects)
         for key, effects in {
@@ -53,7 +53,7 @@ def test_the_most_surprising_are_the_reversed_furthest_from_zero_in_half_widths(
             "nearest": [-9.0, -9.0, -1.0, -5.0, -2.0],
         }.items()
     ]  # fmt: skip
-    assert [r.key for r in surprises(found)] == ["far", "middle", "near"]
+    assert [r.key for r in surest(found)] == ["far", "middle", "near"]
     assert counts(found) == "6 claims measured: 1 holds, 1 not seen at this scale, 4 reversed at this scale."
 
 
@@ -91,13 +91,13 @@ def test_a_verdict_says_its_interval_its_draws_and_what_would_change_it() -> Non
     assert rows[2][-4:] == ["+1.04 [+0.898, +1.18]", "5", "**holds**", change(held)]
 
 
-def test_the_page_opens_with_the_counts_and_three_surprises() -> None:
+def test_the_page_opens_with_the_counts_and_the_three_surest_reversals() -> None:
     found = records()
     opening, _, rest = page().partition("Each row below")
     lines = [line for line in opening.splitlines() if line]
     assert lines[1] == counts(found)
     assert "95 % interval lies furthest from zero" in lines[2]
-    assert [line.split(")")[0].split("(")[1] for line in lines[3:]] == [r.key for r in surprises(found)]
+    assert [line.split(")")[0].split("(")[1] for line in lines[3:]] == [r.key for r in surest(found)]
     assert len(lines) == 6
     assert all(f"| {r.key} |" in rest for r in found)
     assert ABOUT.partition("Each row below")[2].strip().splitlines()[0] in rest
@@ -150,6 +150,32 @@ def test_a_claim_that_was_stopped_goes_on_with_the_next_seed(tmp_path: Path, mon
     record = ledger.run(claim)
     assert asked[6:] == []
     assert record.seconds == 300.0, "what a seed took is kept with it"
+
+
+def test_again_measures_what_is_named_and_a_record_stays_until_the_next_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "RESULTS", tmp_path)
+    monkeypatch.setattr(ledger, "KEPT", tmp_path / "kept")
+    broken = [True]
+
+    def measure(seed: int) -> tuple[float, dict[str, float]]:
+        if seed == 3 and broken:
+            raise ValueError("broken")
+        return seed + 1.0, {}
+
+    found = {key: Claim(key, "M", "it works.", "none", "a model", "gain", measure) for key in ("P1", "P2")}
+    monkeypatch.setattr(ledger, "claims", lambda: found)
+    monkeypatch.setattr("sys.argv", ["ledger", "--again", "P1"])
+    for key in found:
+        (tmp_path / f"{key}.json").write_text("old")
+    with pytest.raises(ValueError, match="broken"):
+        ledger.main()
+    assert [(tmp_path / f"{key}.json").read_text() for key in found] == ["old", "old"]
+    broken.clear()
+    ledger.main()
+    assert json.loads((tmp_path / "P1.json").read_text())["effects"] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert (tmp_path / "P2.json").read_text() == "old"
 
 
 def test_seeds_are_kept_for_the_same_code_and_versions_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
