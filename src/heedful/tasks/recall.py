@@ -20,8 +20,9 @@ class _Pairs(Task):
     def __post_init__(self) -> None:
         if not 2 <= self.pairs <= len(WORDS):
             raise FieldError(self, "pairs", self.pairs, f"must lie from 2 to {len(WORDS)}", 8)
-        if self.digits < 1 or 10**self.digits < self.pairs:
-            raise FieldError(self, "digits", self.digits, "must give each pair a number of its own", 3)
+        if not 1 <= self.digits <= 18 or 10**self.digits < self.pairs:
+            rule = "must lie from 1 to 18 and give each pair a number of its own"
+            raise FieldError(self, "digits", self.digits, rule, 3)
 
     def description(self, draw: random.Random) -> list[tuple[str, str]]:
         """The pairs, in order."""
@@ -90,6 +91,10 @@ class Induction(Task):
     def __post_init__(self) -> None:
         if self.length < 2:
             raise FieldError(self, "length", self.length, "must be 2 or more", 64)
+
+    @property
+    def planned(self) -> int:
+        return 2 * self.length
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         pool = sorted({token for word in WORDS for token in tokenizer.encode(f" {word}", add_special_tokens=False)})
