@@ -105,3 +105,15 @@ def test_weights_that_come_back_when_they_are_used_are_there(model: nn.Module) -
     with attach(model, Scale()) as run:
         assert run.difference(input_ids=IDS) > 0
     assert heedful.patterns(model, IDS[0])[1, 3].shape == (IDS.shape[1], IDS.shape[1])
+
+
+def test_what_loading_gives_is_taken_as_its_model_is(model: nn.Module) -> None:
+    loaded = heedful.models.Loaded(model, None, "tiny")
+    with attach(loaded, Scale()) as run:
+        assert run.model is model
+        assert heedful.attached(loaded) is run
+        assert run.difference(input_ids=IDS) > 0
+    assert type(heedful.fold(loaded, heedful.methods.TempScale(0.5))) is type(model)
+    assert type(heedful.operate(loaded, heedful.methods.PruneHeads(groups=((0, 0),)))) is type(model)
+    with pytest.raises(FieldError, match=r"must be a model \(torch.nn.Module\) or what heedful.models.load\(\) gives"):
+        attach("default", Scale())  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import copy
 import importlib
 import inspect
@@ -142,6 +143,32 @@ def test_code_in_the_docs_imports_from_heedful_what_is_there(page: str) -> None:
     ours = [f"{node.module}:{name.name}" for node in brought if "heedful" in str(node.module) for name in node.names]
     for name in ours:
         pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != "CONTRIBUTING.md"])
+def test_code_in_the_docs_says_where_each_name_is_from(page: str) -> None:
+    """By the blocks before it on the page; CONTRIBUTING.md shows parts of files."""
+    assert undefined(blocks(page)) == set()
+
+
+def undefined(code: str) -> set[str]:
+    """Names that a script reads and neither makes, imports nor is given by Python."""
+    known: set[str] = set(vars(builtins))
+    asked: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            (asked if isinstance(node.ctx, ast.Load) else known).add(node.id)
+        elif isinstance(node, ast.alias):
+            known.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            known.add(node.name)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+    return asked - known
+
+
+def test_a_name_from_nowhere_is_found() -> None:
+    assert undefined("import a.b\nfor c in a.b: print(c, lambda d: d + e)") == {"e"}
 
 
 def test_the_method_in_contributing_keeps_every_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -367,3 +367,9 @@ def test_roles_reach_a_method(model: nn.Module) -> None:
     assert run.activity().active
     with pytest.raises(FieldError, match="has no spans named 'image'"), attach(model, Mark()) as run:
         logits(run)
+
+
+@pytest.mark.parametrize("verb", ["__call__", "generate", "difference"])
+def test_a_text_is_refused_where_tokens_are_read(model: nn.Module, verb: str) -> None:
+    with attach(model, Scale()) as run, pytest.raises(FieldError, match=r"reads no text; .*inputs=\*\*tokenizer\(text"):
+        getattr(run, verb)("Paris is the capital of")

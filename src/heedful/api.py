@@ -20,12 +20,14 @@ from heedful.core.kinds import (
     NOTHING,
     Conversion,
     HeadWeights,
+    Loaded,
     Prompt,
     Reader,
     Report,
     Surgery,
     Tokens,
     Vocabulary,
+    model_of,
 )
 from heedful.core.method import Method, Part, Stack
 from heedful.core.ranges import PositiveInt
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 @asks
 def attach(
-    model: nn.Module,
+    model: nn.Module | Loaded,
     what: Part | Stack | str,
     *,
     only: str | Iterable[str] | None = None,
@@ -55,10 +57,10 @@ def attach(
 
     What acts is a value or, as on the command line, its spelling: "sinkwindow(sinks=4, window=64) | sinkrate".
 
-    The model is one of transformers or a module around one, or any other that calls torch's attention, as those of
-    timm, diffusers and open_clip do. The layers of such a model are found by running it once, without gradients: with
-    `inputs` (one argument, a tuple of them, a mapping of named ones, or a function that calls the model), else with
-    what its first forward under the run is given.
+    The model is one of transformers or a module around one, as it is or as `heedful.models` loads it, or any other that
+    calls torch's attention, as those of timm, diffusers and open_clip do. The layers of such a model are found by
+    running it once, without gradients: with `inputs` (one argument, a tuple of them, a mapping of named ones, or a
+    function that calls the model), else with what its first forward under the run is given.
     A model of transformers may have layers beside its attention interface; these are looked at when they are first
     reached, or as `inputs` show them.
     `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, in
@@ -68,17 +70,18 @@ def attach(
     from heedful.adapters.choosing import adapter_for
     from heedful.adapters.wrapped import device_of
 
+    model = model_of(model)
     device_of(model)  # or the reason why it computes nowhere
     stack: Any = stack_from(what, "attach()", "what") if isinstance(what, str) else what
     return Run(model, stack, adapter_for(model, only, inputs), backend, roles, tile_rows)
 
 
 @asks
-def attached(model: nn.Module) -> Run | None:
+def attached(model: nn.Module | Loaded) -> Run | None:
     """The run that is attached to a model or to a part of it, as one whose name is lost; None where there is none."""
     from heedful.adapters.bound import server_of
 
-    found = next((server for module in model.modules() if (server := server_of(module)) is not None), None)
+    found = next((server for module in model_of(model).modules() if (server := server_of(module)) is not None), None)
     return None if found is None else cast("Run", found.run)
 
 
@@ -147,7 +150,7 @@ def still(model: nn.Module) -> Iterator[None]:
 @asks
 def fit(
     method: CatalogueEntry,
-    model: nn.Module,
+    model: nn.Module | Loaded,
     batches: Iterable[Mapping[str, Any]],
     *,
     only: str | Iterable[str] | None = None,
@@ -159,6 +162,7 @@ def fit(
     Of a conversion, the run of a copy that has learned it. A conversion may be long: it keeps its state in the folder
     `out`, from which the same call goes on where it stopped, and tells `progress` of each step.
     """
+    model = model_of(model)
     if isinstance(method, Conversion):
         from heedful.converting import converted
 
@@ -175,13 +179,13 @@ def fit(
 
 @torch.no_grad()
 @asks
-def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | None = None) -> Any:
+def operate(model: nn.Module | Loaded, *surgeries: Surgery, only: str | Iterable[str] | None = None) -> Any:
     """A copy of the model with edited weights, which needs no heedful to run; `fold` asks that it can be saved too."""
     for surgery in surgeries:
         if not isinstance(surgery, Surgery):
             rule = "must be surgery; attach() methods instead, or fold() them"
             raise FieldError("operate()", "surgeries", surgery, rule, "PruneHeads()")
-    return rewritten(model, surgeries, only, "operate()")[0]
+    return rewritten(model_of(model), surgeries, only, "operate()")[0]
 
 
 def _tensor(prompt: Prompt, model: nn.Module) -> Tensor:

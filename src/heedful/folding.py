@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, FoldError, RefusedModel, SiteError
-from heedful.core.kinds import HeadWeights, Surgery
+from heedful.core.kinds import HeadWeights, Loaded, Surgery, model_of
 from heedful.core.method import Method, Part, Scoped, Stack, as_stack, method_of
 from heedful.core.sites import Site
 
 
 @torch.no_grad()
 @asks
-def fold(model: nn.Module, *what: Part | Stack | Surgery, only: str | Iterable[str] | None = None) -> Any:
+def fold(model: nn.Module | Loaded, *what: Part | Stack | Surgery, only: str | Iterable[str] | None = None) -> Any:
     """A copy of the model with the edits in its weights: equal in logits, and `save_pretrained` keeps it.
 
     Methods, stacks and surgery go in one after the other. A FoldError names the method, the site and what prevents it.
     """
+    model = model_of(model)
     steps: list[Surgery | Part] = []
     for item in what:
         if not isinstance(item, Surgery | Stack | Method | Scoped):

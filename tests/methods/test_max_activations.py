@@ -9,6 +9,7 @@ import heedful
 from heedful import models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
+from heedful.core.figures import rounded
 from heedful.methods.observe.max_activations import UNPLACED, MaxActivations, Maxima, Peaks
 from tests import readers
 from tests.readers import ids, padded
@@ -137,3 +138,8 @@ def test_sums_are_one_for_all_channels() -> None:
 def test_the_finding_names_the_token(place: int, words: str) -> None:
     answer = Maxima({0: _peaks([1.0, 8.0], [7, place], 2.0)}, 4.0)
     assert f"at {words};" in MaxActivations()._finding(answer).text
+
+
+def test_magnitudes_have_no_digits_that_mean_nothing() -> None:
+    told = [rounded(x) for x in (0.0, 3.4e-12, 0.00123, 1.0, 4.5678, 123.4, 12345.6, 1e6, 3.4e38)]
+    assert told == ["0", "3.4e-12", "0.00123", "1", "4.57", "123", "12,346", "1e+06", "3.4e+38"]

@@ -285,6 +285,7 @@ def test_a_token_over_a_border_belongs_to_what_follows() -> None:
         (lambda: KeyValueRecall(pairs=1), "from 2 to"),
         (lambda: MultiQueryRecall(pairs=1000), "from 2 to"),
         (lambda: KeyValueRecall(pairs=11, digits=1), "a number of its own"),
+        (lambda: KeyValueRecall(digits=19), "from 1 to 18"),
         (lambda: Induction(length=1), "2 or more"),
         (lambda: IOI(people=1), "from 2 to"),
         (lambda: ColouredObjects(objects=11), "from 2 to"),

@@ -11,10 +11,13 @@ import pytest
 
 import heedful
 from heedful import models
-from heedful.bench.compare import Series, compare
+from heedful.bench.compare import Series, compare, fits
 from heedful.core.errors import CatalogueError, FieldError, UnusableFile
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.tasks import find, from_file, known
+from heedful.tasks.loss import LossByPosition
+from heedful.tasks.needle import Needle
+from heedful.tasks.recall import Induction
 from heedful.tasks.task import Task
 from tests.tasks.conftest import Bytes
 from tests.test_cli_compare import Characters
@@ -214,3 +217,14 @@ def test_a_long_text_is_read_whole(tmp_path: Path) -> None:
     assert count == len(text) // 100 + (8 * (len(text) % 100) >= 100)
     found = {WORDS.decode(item.prompt.tokens) for item in task.items(WORDS, count or 0)}
     assert found == {text[i : i + 100] for i in range(0, 100 * (count or 0), 100)}
+
+
+@pytest.mark.parametrize("task", [Needle(length=100_000), Induction(length=400), LossByPosition(length=1000)], ids=repr)
+def test_prompts_that_the_model_cannot_take_are_refused_before_one_is_made(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = models.Loaded(models.tiny("llama"), Characters(), "tiny")
+    monkeypatch.setattr(type(task), "item", lambda *_: pytest.fail("a prompt was made"))
+    with pytest.raises(FieldError, match=f"makes prompts of {task.planned} tokens, and LlamaForCausalLM has 512"):
+        compare(loaded, [TempScale(0.5)], [task], turns=0)
+    assert not fits(loaded, task)

@@ -236,7 +236,7 @@ def require_counts(prompts: int, minutes: float, margin: float, turns: int, back
 def fits(given: Loaded, task: Task) -> bool:
     """Whether the model takes the task's prompts, as far as the first one tells."""
     limit = positions(given.model)
-    return limit is None or task.item(given.tokenizer, 0, 0).size <= limit
+    return limit is None or (task.planned <= limit and task.item(given.tokenizer, 0, 0).size <= limit)
 
 
 class Series:
@@ -251,6 +251,8 @@ class Series:
         self._made: dict[int, Item] = {}
         self._tried = 0
         known = task.available(tokenizer)
+        if self._limit is not None and task.planned > self._limit:
+            raise self._too_long(task.planned, self._limit)  # before it is made
         self.prompts = prompts if known is None else min(prompts, known)
         self.left_out = list(getattr(task, "left_out", ()))
         if known is not None:
@@ -268,13 +270,14 @@ class Series:
             if limit is None or item.size <= limit:
                 self._made[number] = item
             elif self.task.available(self._tokenizer) is None:
-                rule = (
-                    f"makes prompts of {item.size} tokens, and {type(self._model).__name__} has {self._limit} positions"
-                )
-                length = getattr(self.task, "length", 0) * limit // item.size * 9 // 10
-                good = [replace(self.task, length=length)] if length else ["loss"]
-                raise FieldError("compare()", "tasks", self.name, rule, good)
+                raise self._too_long(item.size, limit)
         return {number: item for number, item in self._made.items() if number < count}
+
+    def _too_long(self, size: int, limit: int) -> FieldError:
+        rule = f"makes prompts of {size} tokens, and {type(self._model).__name__} has {limit} positions"
+        length = getattr(self.task, "length", 0) * limit // size * 9 // 10
+        good = [replace(self.task, length=length)] if length else ["loss"]
+        return FieldError("compare()", "tasks", self.name, rule, good)
 
 
 def further(prompts: int) -> int:

@@ -152,6 +152,7 @@ def diagnose(
     model: Annotated[str, typer.Argument(help="A model's name or folder, 'default', 'encoder' or 'tiny:llama'.")] = (
         "default"
     ),
+    more: Annotated[str, typer.Argument(hidden=True)] = "",
     text: Annotated[
         Path | None,
         typer.Option(help="A file, or a folder of texts; one is built in."),
@@ -185,6 +186,8 @@ def diagnose(
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
     """Tell what a model's attention does: where it parks, what each head is for, what stands out."""
+    if more:
+        raise HeedfulError(f"{more}: one model is named. What it reads goes by an option: --text {more}")
     parts = measures_from(measures)
     if page:
         require_page()

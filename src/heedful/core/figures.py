@@ -188,8 +188,8 @@ def percent(share: float) -> str:
 
 
 def rounded(x: float) -> str:
-    """A magnitude in three digits or more, as people write it: `0.00123`, `4.56`, `12,345`."""
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    """A magnitude in three digits or more, as people write it: `0.00123`, `4.56`, `12,345`, `3.4e+38`."""
+    return f"{x:,.0f}" if 100 <= abs(x) < 1e6 else f"{x:.3g}"
 
 
 def shrunk(images: Tensor, side: int) -> Tensor:

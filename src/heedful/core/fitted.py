@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from heedful.core.errors import Code, FieldError
+
 ROWS = torch.contiguous_format  # with strides of its own, where `contiguous` leaves those of an axis of one place
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by how many bytes one takes
 MOST, TIMES = 2**26, 64  # numbers that few may stand for, however few they are, and each of them besides
@@ -18,6 +20,10 @@ class Fitted(Mapping[str, Tensor]):
     """Named tensors, equal and hashed by content; copied on entry, so that they cannot change underneath."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        if not isinstance(tensors, Mapping) or not all(isinstance(x, Tensor) for x in tensors.values()):
+            raise FieldError(
+                "Fitted", "tensors", tensors, "must be tensors by name", {"direction": Code("torch.ones(8)")}
+            )
         self._tensors = {k: v.detach().clone(memory_format=ROWS) for k, v in sorted(tensors.items())}
         digest = hashlib.sha256()
         for name, tensor in self._tensors.items():

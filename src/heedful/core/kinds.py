@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -22,6 +22,23 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.regions import Roles, Span
 from heedful.core.sites import Site
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode, its tokenizer (or processor; None where there is none), and which weights these are."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+
+
+def model_of(given: nn.Module | Loaded) -> nn.Module:
+    """The model itself, where it is given as `heedful.models` loads it."""
+    return given.model if isinstance(given, Loaded) else given
 
 
 @runtime_checkable

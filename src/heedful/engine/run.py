@@ -25,7 +25,7 @@ from heedful.engine.activity import Activity, Difference, density_of, first_outp
 from heedful.engine.learned import learned
 from heedful.engine.resting import undone
 from heedful.engine.run_state import RunState, blind
-from heedful.engine.scopes import require_there
+from heedful.engine.scopes import require_there, require_tokens
 from heedful.engine.select import Explanation, backend_named, explain
 
 
@@ -174,18 +174,19 @@ class Run:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, under the stack."""
-        self._require_open()
+        self._require_open(*args)
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`, under the stack."""
-        self._require_open()
+        self._require_open(*args)
         able = self.model if hasattr(self.model, "generate") else self._adapter.model  # a wrapper may have none
         return able.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _require_open(self) -> None:
+    def _require_open(self, *given: Any) -> None:
         if self.closed:
             raise FieldError("Run", "closed", True, "this run has ended; attach again", False)
+        require_tokens(self.model, given)
 
     def close(self) -> None:
         """Leave the model as it was. What the run found stays readable."""
@@ -339,7 +340,7 @@ class Run:
 
         Both go on from a cache that is given or that the model keeps, and leave it as it was.
         """
-        self._require_open()
+        self._require_open(*args)
         if not self.installed():
             raise FieldError("Run", "paused", True, "there is no stack in the model to compare; resume() first", False)
         edited = first_output(self.model, args, kwargs)

@@ -1,10 +1,13 @@
-"""Whether a model has the layers and heads that a stack names."""
+"""Whether a model has the layers and heads that a stack names, and reads what it is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from heedful.core.errors import FieldError
+from torch import nn
+
+from heedful.core.errors import Code, FieldError
 from heedful.core.method import Scoped, Stack
 
 
@@ -25,3 +28,10 @@ def _require_heads(part: Scoped, highest: int, heads: dict[int, int | None]) -> 
     if lacks and (part.layers or len(lacks) == len(heads)):
         layer, most = max(lacks.items(), key=lambda found: found[1])
         raise FieldError(f"{part!r}", "heads", highest, f"must be below {most}, the heads of layer {layer}", most - 1)
+
+
+def require_tokens(model: nn.Module, given: Sequence[Any]) -> None:
+    """Refuse a text where a model of transformers reads tokens."""
+    if given and isinstance(given[0], str) and hasattr(model, "get_input_embeddings"):
+        good = Code("**tokenizer(text, return_tensors='pt')")
+        raise FieldError("Run", "inputs", given[0], "must be what the model is called with, which reads no text", good)

@@ -86,6 +86,8 @@ def _instead(
         return Patch()
     several = isinstance(mean, Iterable) and not isinstance(mean, str | bytes | Mapping | Tensor)
     texts = list(mean) if several else [mean]
+    if isinstance(mean, int | float):
+        raise FieldError(owner, "mean", mean, "must be texts", ["Paris is the capital of France."])
     texts = [texts] if texts and all(isinstance(x, int) for x in texts) else texts
     if not texts:
         raise FieldError(owner, "mean", [], "names no text", ["Paris is the capital of France."])

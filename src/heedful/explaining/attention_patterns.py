@@ -159,8 +159,7 @@ def patterns(
 
     `text` is a string, token ids, the pixels of one image, or all that the model is called with; of a model that is
     none of transformers, its first argument. Under a `stack`, the patterns are those that it leaves. `how` goes to
-    `attach`. Maps grow with the square of the text: `diagnose` reads
-    long ones.
+    `attach`. Maps grow with the square of the text: `diagnose` reads long ones.
     """
     given = model if isinstance(model, Loaded) else Loaded(inside(model), None, "")
     words = words_of(tokenizer or given.tokenizer)

@@ -54,11 +54,11 @@ def lab(
         known = sum(trainings.has(course, chosen[name], seed) for seed, name, course in todo)
         note = f"goes on after {known} of {len(todo)} trainings" if known else ""
         total, done = sum(course.steps for _, _, course in todo), 0
+        for one in refused.values():
+            report(Progress("steps", 0, total, f"{one.mechanism} was refused by {one.course}: {one.reason}"))
         for seed, name, course in todo:
             report(Progress("steps", done, total, note))
             note = ""
-            if seed == 0 and (reason := refused.get((name, course.name))):
-                note = f"{name} was refused by {course.name}: {reason.reason}"
             if (name, course.name) not in refused:
                 if not trainings.has(course, chosen[name], seed):
                     report(Progress("steps", done, total, f"{course.name}, seed {seed}: {name}"))

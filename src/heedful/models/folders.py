@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from heedful.core.errors import HeedfulError, ModelError, first_line
+from heedful.core.kinds import Loaded
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 # In order of preference: the first whose table holds the architecture that the checkpoint names.
@@ -41,14 +42,6 @@ _UNREADABLE = (
     OSError, ValueError, ImportError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError,
 )  # fmt: skip
 log = logging.getLogger(__name__)
-
-
-class Loaded(NamedTuple):
-    """A model in eval mode, its tokenizer (or processor; None where there is none), and which weights these are."""
-
-    model: PreTrainedModel
-    tokenizer: Any
-    name: str
 
 
 @contextmanager

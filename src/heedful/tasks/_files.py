@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from heedful.core.asked import asks
 from heedful.core.files import is_there
 from heedful.diagnosis import images, waves
 from heedful.diagnosis.texts import files_in
@@ -20,6 +21,7 @@ from heedful.tasks.task import Task
 T = TypeVar("T")
 
 
+@asks
 def from_file(path: str | Path, *, length: int = OwnText.length) -> Task:
     """A task from a file or a folder of your own; what it is follows from what it holds.
 

@@ -24,6 +24,10 @@ class LossByPosition(Task):
         if self.length < 8 * self.parts:
             raise FieldError(self, "length", self.length, "must be 8 tokens a part or more", max(512, 8 * self.parts))
 
+    @property
+    def planned(self) -> int:
+        return self.length
+
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         part = number % self.parts
         draw, before = self.draw(seed, number), opening(tokenizer)

@@ -27,6 +27,10 @@ class _Haystack(Task):
         if self.length < (least := 64 * (1 + self.needles())):
             raise FieldError(self, "length", self.length, "must be 64 tokens a needle and 64 more", max(512, least))
 
+    @property
+    def planned(self) -> int:
+        return self.length
+
     @abstractmethod
     def needles(self) -> int:
         """How many codes are hidden."""

@@ -18,10 +18,10 @@ class _Pairs(Task):
     """Words, each with a number."""
 
     pairs: Annotated[int, Interval(ge=2, le=len(WORDS))] = 8
-    digits: int = 3  # of a number
+    digits: Annotated[int, Interval(ge=1, le=18)] = 3  # of a number
 
     def __post_init__(self) -> None:
-        if self.digits < 1 or 10**self.digits < self.pairs:
+        if 10**self.digits < self.pairs:
             raise FieldError(self, "digits", self.digits, "must give each pair a number of its own", 3)
 
     def description(self, draw: random.Random) -> list[tuple[str, str]]:
@@ -87,6 +87,10 @@ class Induction(Task):
     name = "induction"
     about = "Predicts random tokens that came in this order before."
     length: Annotated[int, Ge(2)] = 64  # tokens that are repeated
+
+    @property
+    def planned(self) -> int:
+        return 2 * self.length
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         pool = sorted({token for word in WORDS for token in tokenizer.encode(f" {word}", add_special_tokens=False)})

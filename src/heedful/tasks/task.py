@@ -125,6 +125,11 @@ class Task(ABC):
         return None
 
     @property
+    def planned(self) -> int:
+        """The tokens that its settings ask a prompt to have; 0 where prompts alone tell."""
+        return 0
+
+    @property
     def title(self) -> str:
         """The name in tables."""
         return self.name

@@ -215,7 +215,7 @@ class AttentionProfile(Method):
         layers = list(answer.distances)
         text = (
             f"A head of layer {layers[wide]} looks at about {counted(int(tokens[wide]), 'token')} at once, "
-            f"one of layer {layers[narrow]} at about {int(tokens[narrow])}"
+            f"one of layer {layers[narrow]} at about {int(tokens[narrow]):,}"
         )
         if broad:
             text += f"; {percent(broad)} of heads give no token more than {percent(self.broad)}"
