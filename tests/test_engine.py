@@ -256,6 +256,22 @@ def test_heads_restrict_an_edit_and_a_reader() -> None:
     assert run_state.statistics[0, "first", 0].value.shape == (1,)
 
 
+class Halves(Method):
+    """Half of softmax's weights."""
+
+    paper = PAPER
+
+    @at(Site.NORMALISE)
+    def halve(self, scores: Tensor, call: Call) -> Tensor:
+        return scores.softmax(-1) / 2
+
+
+def test_heads_that_a_normalisation_is_not_for_keep_their_softmax() -> None:
+    plain, halved = run(NOTHING, Bare()), run(Stack((Halves().on(heads=[1, 3]),)), Bare())
+    assert torch.equal(halved[:, [0, 2]], plain[:, [0, 2]])
+    assert close(halved[:, [1, 3]], plain[:, [1, 3]] / 2)
+
+
 class SeesRules(Method):
     """How many rules the mask has."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from heedful import attach
-from heedful.adapters.arguments import _of_the_other
+from heedful.adapters.arguments import _of_the_other, places_in
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
@@ -161,11 +161,21 @@ def test_where_keys_stand_is_known_where_queries_see_unlike_ones() -> None:
     keys, mask = _of_the_other(table, 2)
     assert keys.position[:, 0].tolist() == [[-2, -1, 0, 1, 2]] * 2
     assert mask.padding is not None
-    table[..., 0, 4] = False
+    table[..., 0, [2, 4]] = False  # which other queries see
     keys, mask = _of_the_other(table, 2)
     assert keys.position[:, 0].tolist() == [[-2, -1, 0, 1, 2]] * 2
     assert mask.padding is None
     assert torch.equal(mask.rules[0].table, table)  # type: ignore[attr-defined]
+
+
+def test_keys_that_no_row_sees_may_be_behind_a_window() -> None:
+    table = torch.ones(2, 1, 3, 8, dtype=torch.bool)
+    table[0, ..., :2] = False
+    places = places_in(table, None)
+    assert places is not None
+    assert places.position[:, 0, 0].tolist() == [-2, 0]
+    table[1, ..., :3] = False
+    assert places_in(table, None) is None
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.rules import Rule
 from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Cat
+from heedful.core.summary import Summary, sums
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
 from heedful.methods.sparse.cache.knorm import KNorm
@@ -78,6 +80,27 @@ def test_neighbours_are_the_same_in_every_tiling(stack: Method) -> None:
             losses.append(run.loss() if "Sharpness" in repr(stack) else torch.zeros(()))
     assert all(close_model(x, logits[0]) for x in logits[1:])
     assert all(close(x, losses[0]) for x in losses[1:])
+
+
+class Entropies(Method):
+    """Keeps the entropy of every row."""
+
+    paper = PAPER
+
+    @sums("entropy")
+    def keep(self, pattern: Summary, call: Call) -> Cat:
+        assert pattern.entropy is not None
+        return Cat.of("entropy", pattern.entropy)
+
+
+@torch.no_grad()
+def test_entropy_is_that_of_a_tiles_own_rows() -> None:
+    model, found = models.tiny("llama").eval(), []
+    for rows in (64, 7, 1):
+        with attach(model, Neighbours() | Entropies(), backend="tiled", tile_rows=rows) as run:
+            run(input_ids=IDS)
+        found.append(run[Entropies()][0].pieces["entropy"])
+    assert all(close(x, found[0]) for x in found[1:])
 
 
 def test_rows_above_are_what_they_are_called_for() -> None:

@@ -120,6 +120,26 @@ def test_hidden_weights_are_made_zeros_where_softmax_did_not(monkeypatch: pytest
     assert close(found[:, 5:], told[:, 5:])  # of later tokens, to which the row gives nothing
 
 
+class Uncertain(Method):
+    """Adds up the entropy of every row."""
+
+    paper = PAPER
+
+    @sums("entropy")
+    def weigh(self, pattern: Summary, call: Call) -> Sum:
+        assert pattern.entropy is not None
+        return Sum.of(pattern.entropy.sum(0))
+
+
+def test_entropy_is_told_by_the_highest_score_of_each_row() -> None:
+    bare = Bare(Shape(q=TOKENS, k=TOKENS))
+    found = bare.run(Uncertain(), "tiled", tile_rows=16)[1]["weigh, layer 0"].value
+    seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    scores = bare.q @ bare.call.spread(bare.k).mT * bare.call.scale
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    assert close(found, torch.special.entr(weights).sum((0, 3)))
+
+
 @pytest.mark.parametrize("top", [math.nan, math.inf, -math.inf, LEAST, -LEAST])
 def test_a_row_without_numbers_may_have_any_weights(top: float) -> None:
     assert attend._above_hidden(torch.tensor([0.0, 1e30]))

@@ -13,6 +13,7 @@ from heedful.core.column_ranges import Ranges, intersection, union
 from heedful.core.errors import DefinitionError
 from heedful.core.flags import between, either
 from heedful.core.positions import Pairs, Positions, spread_heads
+from heedful.core.values import replace
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Parts:
     def some(self, those: slice) -> Parts:
         """These of the parts."""
         keep = None if self.keep is None else self.keep[:, :, those]
-        return Parts(self.rows[:, :, those], self.cols[:, :, those], keep, self.shared, self.past)
+        return replace(self, rows=self.rows[:, :, those], cols=self.cols[:, :, those], keep=keep)
 
 
 class Rule:
