@@ -63,8 +63,8 @@ LAYERS = (*range(8, 12), *range(20, 24))  # two whole cycles of HyLRA, in the mi
 SHARES = (0.1, 0.25, 0.5)
 CHOSEN = (
     "The window of 1536 (+0.56 %) and SpargeAttn's mass of 0.98 without its guard (+0.65 %) were chosen by a loss that "
-    "rises by less than 1 % on 8192 tokens of docstrings of Python's standard library, not on this record's text. A mass "
-    "of 0.99 is the next step, added after mass 0.98 was seen to cost 1.5 % on this record's text."
+    "rises by less than 1 % on 8192 tokens of docstrings of Python's standard library, not on this record's text. A "
+    "mass of 0.99 is the next step, added after mass 0.98 was seen to cost 1.5 % on this record's text."
 )
 
 

@@ -11,9 +11,10 @@ import torch
 
 from heedful.core.asked import asks
 from heedful.core.errors import ModelError
+from heedful.core.kinds import Loaded
 from heedful.models import hub, minilm, smollm2
 from heedful.models.dinov2 import vision
-from heedful.models.folders import Loaded, pretrained
+from heedful.models.folders import pretrained
 from heedful.models.gemma3 import gemma
 from heedful.models.gguf_weights import from_gguf
 from heedful.models.minilm import encoder

