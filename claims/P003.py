@@ -58,7 +58,8 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     numbers = {"log-probability without": plain, "accuracy without": accuracy, "heads kept": float(len(method.heads))}
     for name, what in (("kept heads", method), ("every head", ACT().on(layers=range(2, 29)))):
         numbers[f"log-probability, {name}"], numbers[f"accuracy, {name}"] = score(what)
-    return numbers["log-probability, kept heads"] - plain, numbers
+    better = max(plain, numbers["log-probability, every head"])
+    return numbers["log-probability, kept heads"] - better, numbers
 
 
 CLAIM = Claim(
@@ -67,9 +68,11 @@ CLAIM = Claim(
     says="Turning down sinks inside the text, in heads chosen on calibration data, raises the score of right options.",
     paper_number="up to +7.30% average accuracy over data sets (Llama-30B)",
     setup="SmolLM2-135M, counting months with 3 examples and 4 options, 16 questions to choose heads and 16 to test; "
-    "only the 6 heads with the most inner sinks are tried, one by one, where the paper tries every head; ACT in every "
-    "head as control. (A first quiz, capitals, was at 100% without ACT and was given up.)",
-    effect="gain in log-probability of the right option on the other half",
+    "only the 6 heads with the most inner sinks are tried, one by one, where the paper tries every head. Against no "
+    "edit and against ACT in every head, whichever is better. There are 48 questions, so that seeds share many. (A "
+    "first quiz, capitals, was at 100% without ACT and was given up. Judged before against no edit alone, which lay "
+    "below the kept heads in every draw: +0.067, holds; in one draw of eight ACT in every head does better than both.)",
+    effect="log-probability of the right option on the other half, above that with no edit or in every head",
     measure=measure,
     seeds=8,
     strong=0.02,
