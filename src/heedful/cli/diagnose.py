@@ -149,7 +149,7 @@ def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Ten
 
 
 def diagnose(
-    words: typer.Context,
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's name or folder, 'default', 'encoder' or 'tiny:llama'.")] = (
         "default"
     ),
@@ -186,8 +186,8 @@ def diagnose(
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
     """Tell what a model's attention does: where it parks, what each head is for, what stands out."""
-    if words.args:
-        rest = " ".join(words.args)
+    if context.args:
+        rest = " ".join(context.args)
         raise HeedfulError(f"{rest}: one model is named. What it reads goes by an option: --text {rest}")
     parts = measures_from(measures)
     if page:
