@@ -187,8 +187,8 @@ def diagnose(
 ) -> None:
     """Tell what a model's attention does: where it parks, what each head is for, what stands out."""
     if context.args:
-        rest = " ".join(context.args)
-        raise HeedfulError(f"{rest}: one model is named. What it reads goes by an option: --text {rest}")
+        extra = " ".join(context.args)
+        raise HeedfulError(f"{extra}: one model is named. What it reads goes by an option: --text {extra}")
     parts = measures_from(measures)
     if page:
         require_page()
