@@ -23,7 +23,7 @@ print(f"{name}; Python's documentation, {ids.shape[1]:,} tokens")
 
 # %% [markdown]
 # `SinkWindow` is the fixed pattern: four sinks and the newest 1,024 tokens. `SpargeAttn` is the guess: it compares the
-# means of blocks of 64 queries and 64 keys, and computes the blocks that hold a share `mass` of what is so predicted.
+# means of blocks of 64 queries and 64 keys, and computes the blocks that hold a share `mass` of the predicted weight.
 # Its guard, which computes whatever means cannot predict, is off here (`alike=-1`), since with it most of the map is
 # computed in this model. Each is compared with the full map on the same tokens.
 

@@ -99,6 +99,8 @@ def test_heads_are_pairs() -> None:
         heedful.ablate(models.tiny("llama"), [(0, 1), (1, 9)])
     with pytest.raises(FieldError, match="names none"):
         heedful.ablate(model, [])
+    with pytest.raises(FieldError, match="mean = 5: must be texts"):
+        heedful.ablate(model, [(1, 3)], mean=5)
     with pytest.raises(FieldError, match="text = 5: must be one text"):
         heedful.ablate(model, [(1, 3)], mean=["cat", 5], tokenizer=characters())
 

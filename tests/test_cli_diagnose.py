@@ -139,6 +139,7 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
     ("words", "message"),
     [
         (["smol"], "no file, no folder and no name that heedful knows"),
+        (["small", "notes/"], r"notes/: one model is named\. What it reads goes by an option: --text notes/"),
         (["small", "--text", "no.txt"], "there is no file or folder 'no.txt'"),
         (["[/x]"], "no file, no folder and no name that heedful knows"),
         (["smol", "--text", "."], r"--text \.: the folder holds no file that ends in \.txt"),  # before the model loads

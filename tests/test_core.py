@@ -320,6 +320,12 @@ def test_spans_inside_a_reordered_document_move_along() -> None:
     assert new.roles["context"] == ((0, 7),)
 
 
+@pytest.mark.parametrize("tensors", [5, [1], {"x": 5}, None])
+def test_what_is_no_tensors_by_name_is_not_fitted(tensors: Any) -> None:
+    with pytest.raises(FieldError, match="must be tensors by name"):
+        Fitted(tensors)
+
+
 def test_fitted_tensors_are_values(tmp_path: object) -> None:
     x = torch.ones(2, 3)
     a, b = Fitted({"x": x}), Fitted({"x": torch.ones(2, 3)})

@@ -191,6 +191,11 @@ def test_the_order_is_drawn_and_the_value_names_what_it_holds(tmp_path: Path) ->
     assert repr(one) != repr(two)
 
 
+def test_what_is_no_path_is_refused() -> None:
+    with pytest.raises(FieldError, match=r"from_file\(\)\.path = 5: must be str or Path"):
+        from_file(5)  # type: ignore[arg-type]
+
+
 def test_items_longer_than_the_model_takes_are_left_out_and_counted(tmp_path: Path) -> None:
     loaded = models.Loaded(models.tiny("llama"), Characters(), "tiny")
     limit = loaded.model.config.max_position_embeddings

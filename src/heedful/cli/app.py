@@ -32,7 +32,7 @@ def _before(
 
 
 app.command("demo")(demo.demo)
-app.command("diagnose")(diagnose.diagnose)
+app.command("diagnose", context_settings={"allow_extra_args": True})(diagnose.diagnose)
 app.command("compare")(compare.compare)
 app.command("lab")(lab.lab)
 app.command("methods")(methods.methods)

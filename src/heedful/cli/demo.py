@@ -20,6 +20,7 @@ def bar(share: float, width: int = 30) -> str:
 
 
 def demo(
+    context: typer.Context,
     length: Annotated[int, typer.Option(min=64, max=2048, help="How many tokens of the embedded text to read.")] = 512,
 ) -> None:
     """Take the tour: what a model's attention does, what an embedding is made of, reading with a short memory."""
@@ -38,7 +39,7 @@ def demo(
     ids = inputs.input_ids.repeat(1, -(-length // inputs.input_ids.shape[1]))[:, :length]
     console.print(f"[bold]{name}[/], {ids.shape[1]} tokens of text, {torch.get_num_threads()} threads\n")
     console.print("[bold]1. What its attention does[/]")
-    diagnose(length=length)
+    diagnose(context, length=length)
 
     def loss() -> float:
         return float(model(input_ids=ids, labels=ids, use_cache=False).loss)

@@ -149,10 +149,10 @@ def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Ten
 
 
 def diagnose(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's name or folder, 'default', 'encoder' or 'tiny:llama'.")] = (
         "default"
     ),
-    more: Annotated[str, typer.Argument(hidden=True)] = "",
     text: Annotated[
         Path | None,
         typer.Option(help="A file, or a folder of texts; one is built in."),
@@ -186,8 +186,9 @@ def diagnose(
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
     """Tell what a model's attention does: where it parks, what each head is for, what stands out."""
-    if more:
-        raise HeedfulError(f"{more}: one model is named. What it reads goes by an option: --text {more}")
+    if context.args:
+        extra = " ".join(context.args)
+        raise HeedfulError(f"{extra}: one model is named. What it reads goes by an option: --text {extra}")
     parts = measures_from(measures)
     if page:
         require_page()
