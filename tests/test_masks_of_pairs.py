@@ -171,6 +171,7 @@ def test_where_keys_stand_is_known_where_queries_see_unlike_ones() -> None:
 def test_keys_that_no_row_sees_may_be_behind_a_window() -> None:
     table = torch.ones(2, 1, 3, 8, dtype=torch.bool)
     table[0, ..., :2] = False
+    table[0, 0, 1, 2] = False  # which other queries see
     places = places_in(table, None)
     assert places is not None
     assert places.position[:, 0, 0].tolist() == [-2, 0]

@@ -25,6 +25,7 @@ from heedful.core.mask import Blocks, First, Rule, Where, Window
 from heedful.core.summary import Summary
 from heedful.engine.needs import Needs
 from heedful.engine.select import select
+from heedful.kit.chosen import Chosen
 
 from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, banded, compare, draw, run
 
@@ -178,6 +179,14 @@ def test_of_a_table_no_more_is_computed_than_from_a_rows_first_key_to_its_last(d
     assert within_budget(found, want, exact)
     v[:, :, 7:20] = float("nan")  # keys of the first rows alone
     assert bool(run("native", Same(), q, k, v, call)[:, :, 40:].isfinite().all())
+
+
+def test_rows_see_keys_that_stand_alone_in_a_table() -> None:
+    shape = (1, 4, 2, 100, 700, 16, 16)
+    table = torch.rand(1, 4, 100, 700, generator=torch.Generator().manual_seed(0)) < 0.004  # each head its own
+    call = a_call(shape, (Chosen(lambda rows: table[:, :, rows]),))
+    found, want = (run(name, Same(), *draw(shape), call) for name in ("native", "reference"))
+    assert close(found, want)
 
 
 def test_the_number_of_threads_changes_nothing_but_roundings() -> None:
