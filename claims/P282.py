@@ -22,8 +22,7 @@ LIES = LIVES + NAMES * NAMES
 CHAINS, QUESTIONS = 4, 2
 TOLD = 1 + 2 * CHAINS  # tokens before the first question
 LAYERS, HEADS, WIDTH = 4, 4, 64
-ROWS, RATE, UNGRADED = 16, 3e-3, -100
-TAUGHT = 600  # steps; no fewer where the claim is tried small: of what was never learnt nothing can be lost
+STEPS, ROWS, RATE, UNGRADED = 600, 16, 3e-3, -100
 PROMPTS, SILENCED, DRAWS = 256, 3, 8
 
 
@@ -62,9 +61,9 @@ def trained(seed: int) -> tuple[Any, Tensor]:
     facts = torch.randperm(NAMES, generator=random)
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     model.train()
-    for step in range(TAUGHT):
+    for step in range(STEPS):
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / TAUGHT))
+            group["lr"] = RATE * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         ids = torch.cat([texts(random, ROWS, facts, kind) for kind in (FACT, TWO, *SINGLE)])
         labels = torch.full_like(ids, UNGRADED)
         labels[:, TOLD + 1 :: 2] = ids[:, TOLD + 1 :: 2]
@@ -116,7 +115,7 @@ CLAIM = Claim(
     method="dissociate",
     says="Recall and reasoning hang on separable circuits: without the heads of one the other stays as it was.",
     paper_number="up to 15 % of accuracy in either direction, in Qwen and LLaMA (abstract)",
-    setup=f"Llamas of {LAYERS} layers with {HEADS} heads, {WIDTH} wide, trained a seed for {TAUGHT} steps on texts of "
+    setup=f"Llamas of {LAYERS} layers with {HEADS} heads, {WIDTH} wide, trained a seed for {STEPS} steps on texts of "
     f"{2 * CHAINS} statements, each a token whose embedding begins as the sum of its two names': {CHAINS} persons live "
     "in towns, which lie in countries. Behind them a person is asked for, and the token in front says whether the "
     "answer is the country that is that person's in all texts (recall), or the one that two statements of this text "

@@ -44,9 +44,7 @@ class Axes:
     def keep(self, heads: Tensor, call: Call) -> Tensor:
         x = heads.transpose(1, 2).flatten(2) - self.mean
         along = x @ self.axes.T
-        chosen = torch.zeros_like(along).scatter_(
-            -1, along.abs().topk(min(self.count, along.shape[-1]), -1).indices, 1.0
-        )
+        chosen = torch.zeros_like(along).scatter_(-1, along.abs().topk(self.count, -1).indices, 1.0)
         return ((along * chosen) @ self.axes + self.mean).unflatten(-1, heads.shape[1::2]).transpose(1, 2)
 
 
