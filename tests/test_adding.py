@@ -27,11 +27,16 @@ from heedful.engine.backends import native, native_call, tiled
 from heedful.engine.distances import by_distance
 
 from .kernel_calls import (
-    BIASES, CAUSAL, RULES, WEIGHINGS, Everything, Halved, Same, Weighed, a_bias, a_call, compare_pulled, draw,
-    pulled, run, )  # fmt: skip, from .samples import PAPER, Sharpness, from .test_native import SHAPES, pytestmark,
-    from .test_native_extremes import path, __all__ = ["path", "pytestmark"]  # these tests too need a kernel, and
-    run on each of its paths, SHAPE = (2, 4, 2, 40, 40, 16, 16,
+    BIASES, CAUSAL, RULES, WEIGHINGS, Everything, Halved, Same, Weighed, a_bias, a_call, compare_pulled, draw, pulled,
+    run,
 )  # fmt: skip
+from .samples import PAPER, Sharpness
+from .test_native import SHAPES, pytestmark
+from .test_native_extremes import path
+
+__all__ = ["path", "pytestmark"]  # these tests too need a kernel, and run on each of its paths
+
+SHAPE = (2, 4, 2, 40, 40, 16, 16)
 ODD = (*CAUSAL, Where(lambda q, k: (q - k) % 2 == 0))  # more stretches than ranges may be
 
 
