@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from heedful import attach, explain, models
+from heedful.authoring import Layer, Method, Stack
 from heedful.conformance.tolerances import LOW_PRECISION, close, close_model, error, within_budget
 from heedful.core.call import Call
-from heedful.core.entry import Layer
 from heedful.core.errors import BackendError, SiteError
 from heedful.core.mask import Blocks, Mask, Rule, Where
-from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, adds, at
 from heedful.engine import attend as attend_module
 from heedful.engine.attention_call import AttentionCall
@@ -27,7 +26,19 @@ from heedful.engine.backends import native, native_call, tiled
 from heedful.engine.distances import by_distance
 
 from .kernel_calls import (
-    BIASES, CAUSAL, RULES, WEIGHINGS, Everything, Halved, Same, Weighed, a_bias, a_call, compare_pulled, draw, pulled,
+    BIASES,
+    CAUSAL,
+    RULES,
+    WEIGHINGS,
+    Everything,
+    Halved,
+    Same,
+    Weighed,
+    a_bias,
+    a_call,
+    compare_pulled,
+    draw,
+    pulled,
     run,
 )  # fmt: skip
 from .samples import PAPER, Sharpness
