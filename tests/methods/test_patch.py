@@ -86,8 +86,8 @@ def test_zeros_at_every_place_go_into_weights_and_nothing_else_does() -> None:
 
 
 def test_tokens_that_stand_alike_in_every_head_are_patched_as_if_told_once() -> None:
-    x, place = torch.randn(2, 2, 5, 3), torch.arange(5).view(1, 1, 5)
-    values, told = Fitted({"0": torch.randn(1, 2, 4, 3)}), call(layer=0)
+    x, place = torch.randn(2, 4, 5, 3), torch.arange(5).view(1, 1, 5)
+    values, told = Fitted({"0": torch.randn(1, 4, 4, 3)}), call(layer=0)
     wanted = patched(x, place, values, (1, 3, 4), told)
     assert torch.equal(patched(x, place.expand(1, 2, 5), values, (1, 3, 4), told), wanted)
     assert torch.equal(wanted[:, :, [1, 3]], values["0"][:, :, [1, 3]].expand(2, -1, -1, -1))
