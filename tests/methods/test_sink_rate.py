@@ -215,3 +215,8 @@ def test_where_the_first_layer_parks_no_later_one_is_named() -> None:
 def test_where_all_places_are_early_none_is_later() -> None:
     found = Columns.of(torch.ones(2, 3, 5), torch.ones(3, 5), None)
     assert (found.early.shape, found.later.shape, found.later_count.shape) == ((2, 3, 5), (2, 0), (2, 0))
+
+
+def test_a_finding_weighs_as_much_as_heads_park() -> None:
+    for rate, weight in ((torch.zeros(2, 2), 0.1), (torch.eye(2), 0.7), (torch.ones(2, 2), 0.9)):
+        assert _finding(rate, [0, 1], "0.3").weight == weight
