@@ -46,5 +46,5 @@ def test_a_good_value_can_be_copied_and_a_site_has_its_name() -> None:
 
 def test_what_holds_something_that_would_do_is_told_what() -> None:
     pipeline = SimpleNamespace(scheduler=None, transformer=heedful.models.tiny("llama"), _own=torch.nn.Linear(1, 1))
-    with pytest.raises(FieldError, match=r"must be a model \(torch.nn.Module\) or what .* gives, such as its transformer; for example"):
+    with pytest.raises(FieldError, match=r"must be a model .* gives, such as its transformer; for example"):
         heedful.attach(pipeline, heedful.methods.TempScale(0.9))  # type: ignore[arg-type]
