@@ -215,7 +215,9 @@ def test_what_outlives_a_process_is_counted_and_ended() -> None:
     try:
         assert process.stdout
         process.stdout.readline()
-        found = kills.below(process.pid)
+        ends = time.monotonic() + 10
+        while not all((found := kills.below(process.pid)).values()) and time.monotonic() < ends:
+            time.sleep(0.01)  # a process that has just begun has no name yet
         assert [name.split()[0] for name in found.values()] == ["sleep"]
         assert process.pid in kills.below(os.getpid())
     finally:
