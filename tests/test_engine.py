@@ -266,12 +266,6 @@ class Halves(Method):
         return scores.softmax(-1) / 2
 
 
-def test_heads_that_a_normalisation_is_not_for_keep_their_softmax() -> None:
-    plain, halved = run(NOTHING, Bare()), run(Stack((Halves().on(heads=[1, 3]),)), Bare())
-    assert torch.equal(halved[:, [0, 2]], plain[:, [0, 2]])
-    assert close(halved[:, [1, 3]], plain[:, [1, 3]] / 2)
-
-
 class SeesRules(Method):
     """How many rules the mask has."""
 

@@ -8,7 +8,7 @@ import torch
 from heedful.conformance.tolerances import close, within_budget
 from heedful.core.errors import BackendError
 from heedful.core.mask import Rule, Where
-from heedful.core.method import Method, Stack
+from heedful.core.method import Method
 from heedful.core.ragged import Ragged
 from heedful.core.summary import Summary
 from heedful.core.values import replace
@@ -139,14 +139,3 @@ def test_of_more_queries_than_one_nothing_is_summed_up() -> None:
     shape = (1, 4, 2, 2, 500, 16, 16)
     with pytest.raises(BackendError, match="too many separate stretches"):
         run("native", Columns([]), *draw(shape), a_call(shape, (*CAUSAL, picked(1, 1, 2, 500))))
-
-
-@pytest.mark.parametrize("first", [*range(18), 40])
-def test_rows_that_see_the_same_few_keys_see_the_first_and_the_last_of_them(first: int) -> None:
-    """A stretch is found eight keys at a time, and what one row loses no other one has."""
-    table = torch.zeros(1, 1, 24, 90, dtype=torch.bool)
-    table[..., first : 89 - first : 17] = True
-    table[..., 89 - first] = True
-    shape, rules = (1, 2, 1, 24, 90, 16, 16), (Chosen(lambda rows: table[:, :, rows]),)
-    found, want = (run(backend, Stack(), *draw(shape), a_call(shape, rules)) for backend in ("native", "reference"))
-    assert close(found, want)

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
-from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, MultipleOf, Predicate
 
 from heedful import catalogue
 from heedful.authoring import (
@@ -26,7 +26,7 @@ from heedful.authoring import (
 )
 from heedful.core.asked import _hints_in, asks
 from heedful.core.entry import CatalogueEntry
-from heedful.core.errors import FieldError
+from heedful.core.errors import DefinitionError, FieldError
 from heedful.core.ranges import ends, outside, rule_of, within
 from heedful.kit.budget import Budget
 from heedful.kit.head_search import Head
@@ -81,6 +81,14 @@ def test_what_is_inside_becomes_what_it_means() -> None:
     assert (made.share, made.most, made.places, made.budget) == (1.0, 2.0, (0, 3), 512)
     assert (made.heads, made.layers, type(made.share)) == (((3, 1),), (2,), float)
     assert Ranged(budget=1.0).budget == 1.0
+
+
+def test_what_is_not_known_is_not_passed_over() -> None:
+    with pytest.raises(DefinitionError, match=r"MultipleOf\(multiple_of=2\) is no range that is asked for here"):
+        outside(3, Annotated[int, MultipleOf(2)])
+    with pytest.raises(DefinitionError, match="has no words for its rule"):
+        outside(3, Annotated[int, Predicate(lambda n: n > 5)])
+    assert outside((1,), Annotated[tuple[int, ...], MinLen(2)]) == "must hold 2 or more"
 
 
 def test_arguments_have_ranges_too() -> None:

@@ -93,16 +93,6 @@ class Entropies(Method):
         return Cat.of("entropy", pattern.entropy)
 
 
-@torch.no_grad()
-def test_entropy_is_that_of_a_tiles_own_rows() -> None:
-    model, found = models.tiny("llama").eval(), []
-    for rows in (64, 7, 1):
-        with attach(model, Neighbours() | Entropies(), backend="tiled", tile_rows=rows) as run:
-            run(input_ids=IDS)
-        found.append(run[Entropies()][0].pieces["entropy"])
-    assert all(close(x, found[0]) for x in found[1:])
-
-
 def test_rows_above_are_what_they_are_called_for() -> None:
     """By hand, from the scores of one call."""
     model = models.tiny("llama").eval()

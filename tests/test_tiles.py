@@ -131,15 +131,6 @@ class Uncertain(Method):
         return Sum.of(pattern.entropy.sum(0))
 
 
-def test_entropy_is_told_by_the_highest_score_of_each_row() -> None:
-    bare = Bare(Shape(q=TOKENS, k=TOKENS))
-    found = bare.run(Uncertain(), "tiled", tile_rows=16)[1]["weigh, layer 0"].value
-    seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    scores = bare.q @ bare.call.spread(bare.k).mT * bare.call.scale
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    assert close(found, torch.special.entr(weights).sum((0, 3)))
-
-
 @pytest.mark.parametrize("top", [math.nan, math.inf, -math.inf, LEAST, -LEAST])
 def test_a_row_without_numbers_may_have_any_weights(top: float) -> None:
     assert attend._above_hidden(torch.tensor([0.0, 1e30]))
