@@ -91,7 +91,7 @@ def show(
     console.print(inspect.cleandoc(kind.__doc__ or ""), markup=False)
     for one in settings(kind):
         default = one.default and f" = {one.default}"
-        console.print(f"  {one.name}{default}  {one.meaning} ({one.takes})", markup=False)
+        console.print(f"  {one.name}{default}  {one.meaning}{one.takes and f' ({one.takes})'}", markup=False)
     _tell(kind.paper)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 from torch import Tensor
 
 from heedful.core.errors import Code, FieldError, UnknownFieldError
-from heedful.core.ranges import bare, is_told, outside, rule_of, within
+from heedful.core.ranges import bare, outside, rule_of, told, within
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -164,7 +164,7 @@ def takes(kind: type) -> dict[str, str]:
 def _taken(hint: Any) -> str:
     ranges = [x for x in (hint, *get_args(hint)) if get_origin(x) is Annotated]
     kinds = " or ".join(kind for kind in dict.fromkeys(_words(hint)) if kind != "None")
-    whole = [kinds] if not all(map(is_told, ranges)) or not ranges else []  # some rules say all
+    whole = [kinds] if not all(map(told, ranges)) or not ranges else []  # some rules say all
     rules = dict.fromkeys(re.sub("^must (be |lie |hold |(?=name))", "", rule_of(x)) for x in ranges)
     return ", ".join([*whole, *rules, *["or None"] * (type(None) in get_args(hint))])
 

@@ -12,7 +12,9 @@ from operator import or_
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from annotated_types import DocInfo, Ge, GroupedMetadata, Gt, Interval, Le, Lt, MinLen, Predicate, doc
+from annotated_types import BaseMetadata, DocInfo, Ge, GroupedMetadata, Gt, Interval, Le, Lt, MinLen, Predicate, doc
+
+from heedful.core.errors import DefinitionError
 
 
 def is_odd(n: int) -> bool:
@@ -31,6 +33,7 @@ ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
 RoleName = Annotated[str, MinLen(1), doc("must name a role")]
 Layers = Annotated[tuple[NonNegativeInt, ...], MinLen(1), doc("must name one or more layers, from 0 up")]
 
+_KNOWN = (Ge, Gt, Le, Lt, MinLen, Predicate, DocInfo)
 _ENDS = {Ge: "ge", Gt: "gt", Le: "le", Lt: "lt"}
 
 
@@ -61,7 +64,7 @@ def outside(x: Any, hint: Any) -> str | None:
         return None
     held = all(_holds(x, limit) for limit in limits_of(hint))
     inner = outside(x, hint.__origin__) if held else None
-    return inner and (_told(hint) or inner) if held else rule_of(hint)
+    return inner and (told(hint) or inner) if held else rule_of(hint)
 
 
 def _is(x: Any, kind: Any) -> bool:
@@ -74,7 +77,10 @@ def _is(x: Any, kind: Any) -> bool:
 def limits_of(hint: Any) -> tuple[Any, ...]:
     """What an annotated type asks of a value, one thing at a time."""
     groups = (list(x) if isinstance(x, GroupedMetadata) else [x] for x in hint.__metadata__)
-    return tuple(x for group in groups for x in group)
+    found = tuple(x for group in groups for x in group)
+    if unknown := [x for x in found if isinstance(x, BaseMetadata) and not isinstance(x, _KNOWN)]:
+        raise DefinitionError(f"{unknown[0]!r} is no range that is asked for here; write Predicate(...) with doc(...)")
+    return found
 
 
 def _holds(x: Any, limit: Any) -> bool:
@@ -99,20 +105,16 @@ def ends(hint: Any) -> Mapping[str, Any]:
     return {name: getattr(x, name) for x in limits_of(hint) if (name := _ENDS.get(type(x)))}
 
 
-def is_told(hint: Any) -> bool:
-    """Whether an annotated type brings its rule in words of its own."""
-    return _told(hint) is not None
-
-
-def _told(hint: Any) -> str | None:
+def told(hint: Any) -> str | None:
+    """The rule that an annotated type brings in words of its own."""
     return next((x.documentation for x in limits_of(hint) if isinstance(x, DocInfo)), None)
 
 
 @cache
 def rule_of(hint: Any) -> str:
     """What an annotated type asks for, in words."""
-    if told := _told(hint):
-        return told
+    if words := told(hint):
+        return words
     if Predicate(is_odd) in limits_of(hint):
         return f"must be odd, and {ends(hint)['ge']} or more"
     match ends(hint):
@@ -132,7 +134,10 @@ def rule_of(hint: Any) -> str:
             return f"must be {high} at most"
         case {"lt": high}:
             return f"must be below {high}"
-    return "must hold one or more"
+    least = next((x.min_length for x in limits_of(hint) if isinstance(x, MinLen)), None)
+    if least is None:
+        raise DefinitionError(f"{hint} has no words for its rule; add doc(...) of annotated-types")
+    return f"must hold {'one' if least == 1 else least} or more"
 
 
 def within(hint: Any) -> Any:
