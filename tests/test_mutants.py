@@ -143,7 +143,7 @@ def test_a_row_outlives_what_only_readers_see(tmp_path: Path, monkeypatch: pytes
     alike = ("i: int = 0", "i: float = 0"), ("i = f(0, match='a')", "i = f(0, match='b')")
     for one, other in alike:
         assert state(TOY.replace("i = 0", one)) == state(TOY.replace("i = 0", other))
-    assert state(TOY.replace("i = 0", "i = f(size=1)")) != state(TOY.replace("i = 0", "i = f(size=2)"))
+    assert state(TOY.replace("i = 0", "i = f(way='a')")) != state(TOY.replace("i = 0", "i = f(way='b')"))
     for does in (("i = 0", "i = 3"), ("print(3 + 3)", "print(3 + 4)"), ("len(xs) + 1", "len(xs)")):
         assert state(TOY.replace(*does)) != first, "what is left alone may matter to what is changed"
 
