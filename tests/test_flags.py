@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,8 +39,25 @@ def test_joins_and_comparisons_are_those_of_booleans() -> None:
         assert torch.equal(flags.at_least(x, start), x >= start)
         assert torch.equal(flags.same(x, start), x == start)
     x, y = torch.randint(0, 8, (1, 30), dtype=torch.int32), torch.randint(0, 8, (9, 1), dtype=torch.int32)
-    assert torch.equal(flags.meets(x, y), (x & y) != 0)
+    for kind in (torch.int32, torch.int16, torch.uint8):
+        one, other = (x.to(kind), y.to(kind)), (x.to(kind).flip(-1), y.to(kind).flip(0))
+        assert torch.equal(flags.meets(one), (x & y) != 0)
+        assert torch.equal(flags.meets(one, other), ((x & y) | (x.flip(-1) & y.flip(0))) != 0)
+        assert torch.equal(flags.apart(one, other), ~flags.meets(one, other))
     assert (flags.whole((1 << 15) - 1), flags.whole(1 << 15)) == (torch.int16, torch.int32)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("spread", [0, 1, 3, 25])
+def test_what_all_rows_agree_on_is_not_asked_of_each(spread: int, alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.stack([torch.arange(40) if alike else torch.randperm(40) for _ in range(6)]).view(2, 3, 1, 40).short()
+    limit = 30 + torch.randint(-spread, spread + 1, (2, 3, 9, 1)).short()
+    monkeypatch.setattr(flags, "at_least", asked := Mock(wraps=flags.at_least))
+    assert torch.equal(flags.reaches(x, limit), x <= limit)
+    columns = [call.args[1].shape[-1] for call in asked.call_args_list]
+    near = int((x > limit.amin(-2, keepdim=True)).flatten(0, -2).any(0).sum())
+    assert near < 20 or not alike or spread == 25
+    assert columns == [40, near if near <= 20 else 40]  # one row for all, and then each
 
 
 def test_they_take_many_inputs_at_once() -> None:
@@ -47,6 +65,8 @@ def test_they_take_many_inputs_at_once() -> None:
     found = vmap(lambda row: flags.either(flags.same(row, start), flags.between(row, start, start + 2)))(x)
     assert torch.equal(found, (x == 4) | ((x >= 4) & (x < 6)))
     assert torch.equal(vmap(lambda row: flags.some(row > 7, -1))(x), (x > 7).any(-1))
+    limit = torch.tensor([[2], [5]])
+    assert torch.equal(vmap(lambda row: flags.reaches(row, limit))(x), x[:, None] <= limit)
 
 
 @pytest.mark.parametrize("into", [False, True])

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.func import vmap
 
 from heedful.conformance.tolerances import close, within_budget
-from heedful.core.flags import meets
+from heedful.core.flags import apart, meets
 from heedful.core.mask import Ahead, Causal, Rule
 from heedful.core.method import Method
 from heedful.core.positions import Positions
 from heedful.core.regions import marks
-from heedful.core.rules import Parts
 from heedful.core.sites import adds
 from heedful.engine.backends import native, parted, tiled
 from heedful.kit.chosen import Chosen, Reached, by_block, meeting
@@ -52,16 +51,16 @@ def groups(texts: int, heads: int) -> Reached:
 def meet(asking: Tensor, giving: Tensor, shared: bool) -> Reached:
     codes = [(x << torch.arange(x.shape[2])[:, None]).sum(2).short() for x in (asking.long(), giving.long())]
 
-    def alone(rows: Tensor, cols: Tensor) -> Tensor:
-        earlier = (1 << torch.arange(asking.shape[2])).short()[:, None] - 1
+    def alone(rows: Tensor, cols: Tensor, those: slice) -> Tensor:
+        earlier = (1 << torch.arange(asking.shape[2])[those]).short()[:, None] - 1
         one, other = (
-            x[:, :, None].expand(-1, -1, asking.shape[2], -1).gather(-1, at)
+            x[:, :, None].expand(-1, -1, rows.shape[2], -1).gather(-1, at)
             for x, at in zip(codes, (rows, cols), strict=True)
         )
-        return ~meets((one & earlier)[..., None], other[..., None, :])
+        return apart(((one & earlier)[..., None], other[..., None, :]))
 
     def pick(rows: slice, cols: slice | Tensor) -> Tensor:
-        return meets(codes[0][:, :, rows, None], codes[1][:, :, None, cols])
+        return meets((codes[0][:, :, rows, None], codes[1][:, :, None, cols]))
 
     gather = lambda: meeting(asking, giving, alone if shared else None)  # noqa: E731
     return Reached(pick, lambda rows: torch.ones(40, dtype=torch.bool), gather=gather)
@@ -260,11 +259,11 @@ def test_as_many_parts_at_once_as_a_tile_has_room_for(
     monkeypatch.setattr(parted, "TILE_BYTES", 4 * 2 * 4 * part.rows.shape[3] * part.cols.shape[3])  # of one part
     monkeypatch.setattr(parted, "KEPT", kept)
     monkeypatch.setattr(parted, "recomputed", seen := Mock(wraps=parted.recomputed))
-    assert [fold.part.rows.shape[2] for fold in parted.folded(part, (q, k, v))] == [1, 1, 1]
+    assert [fold.rows.shape[2] for fold in parted.folded(part, (q, k, v))] == [1, 1, 1]
     run("tiled", Same(), q.requires_grad_(), k, v, a_call(SHAPE, (rule,)))
     assert seen.call_count == (3 if again else 0)
     monkeypatch.setattr(parted, "TILE_BYTES", 2 * parted.TILE_BYTES)
-    assert [fold.part.rows.shape[2] for fold in parted.folded(part, (q, k, v))] == [2, 1]
+    assert [fold.rows.shape[2] for fold in parted.folded(part, (q, k, v))] == [2, 1]
 
 
 @pytest.mark.parametrize("made", [groups, clusters])
@@ -312,8 +311,3 @@ def test_half_precision(asked: Mock) -> None:
 def test_a_rule_without_parts() -> None:
     assert Causal().parts() == ()
     assert Reached(lambda rows, cols: torch.ones(1, 1, 1, 1), lambda rows: torch.ones(1)).parts() == ()
-    part = Parts(torch.arange(6).view(1, 1, 3, 2), torch.arange(3).view(1, 1, 3, 1), torch.ones(1, 1, 3, 2, 1).bool())
-    some = part.some(slice(1, 2))
-    assert (some.rows.tolist(), some.cols.tolist()) == ([[[[2, 3]]]], [[[[1]]]])
-    assert some.keep is not None
-    assert some.keep.shape == (1, 1, 1, 2, 1)

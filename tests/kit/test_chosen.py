@@ -204,12 +204,25 @@ def test_queries_and_keys_that_meet_are_parts() -> None:
     assert not part.shared
     (part,) = meeting(_flags((3,), (5,)), _flags((0, 8), (2,)))
     assert part.keep is not None
-    assert part.keep.tolist() == [[[[[True, True]]], [[[True, False]]]]]
-    (part,) = meeting(
-        _flags((3,), (5,)), _flags((0, 8), (2,)), lambda rows, cols: rows[..., None] + cols[..., None, :] > 3
-    )
+    assert part.keep(slice(None)).tolist() == [[[[[True, True]]], [[[True, False]]]]]
+    alone = Mock(side_effect=lambda rows, cols, those: rows[..., None] + cols[..., None, :] > 3)
+    (part,) = meeting(_flags((3,), (5,)), _flags((0, 8), (2,)), alone)
     assert part.shared
-    assert part.keep.tolist() == [[[[[False, True]]], [[[True, False]]]]]
+    assert not alone.called
+    assert part.keep(slice(None)).tolist() == [[[[[False, True]]], [[[True, False]]]]]
+
+
+def test_which_pairs_are_a_parts_own_is_asked_of_some_parts_at_a_time() -> None:
+    made = torch.Generator().manual_seed(0)
+    asking, giving = (torch.rand(2, 3, 7, 40, generator=made) < 0.1 for _ in range(2))
+    numbers = torch.arange(7)[:, None, None]
+    (part,) = meeting(
+        asking, giving, lambda rows, cols, those: (rows[..., None] + cols[..., None, :] + numbers[those]) % 2 == 0
+    )
+    assert part.keep is not None
+    whole = part.keep(slice(None))
+    assert 0 < int(whole.sum()) < whole.numel()
+    assert torch.cat([part.keep(slice(start, start + 3)) for start in (0, 3, 6)], 2).equal(whole)
 
 
 @pytest.mark.parametrize(("keys", "parts"), [(20, 1), (21, 0)])
@@ -243,7 +256,7 @@ def test_queries_of_a_past_block_lie_together(n: int, share: float, monkeypatch:
         assert part.past
         rows, cols = (x.expand(2, 3, -1, -1) for x in (part.rows, part.cols))
         kept = torch.ones(2, 3, *part.rows.shape[2:], cols.shape[3]).long()
-        kept = kept if part.keep is None else kept * part.keep
+        kept = kept if part.keep is None else kept * part.keep(slice(None))
         at = rows[..., None] * n + cols[..., None, :]
         found.view(2, 3, -1).scatter_add_(-1, at.flatten(2), kept.flatten(2))
     assert found[..., :n, :].equal(want.long())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -59,10 +61,35 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return _compared(torch.eq, a, b)
 
 
-def meets(a: Tensor, b: Tensor) -> Tensor:
-    """Whether whole numbers share a bit."""
-    found = a & b
-    return _compared(torch.ne, found, found.new_zeros(()))
+def reaches(x: Tensor, limit: Tensor) -> Tensor:
+    """`x [... 1 k] <= limit [... r 1]`, of numbers of one type; what all rows agree on is not asked of each of them."""
+    if traced(x, limit) or x.device.type != "cpu":
+        return at_least(limit, x)
+    agreed = every(at_least(limit.amin(-2, keepdim=True), x).flatten(0, -2), 0)
+    near = (~agreed).nonzero()[:, 0]
+    if 2 * len(near) > len(agreed):
+        return at_least(limit, x)
+    found = x.new_ones(
+        *torch.broadcast_shapes(x.shape[:-2], limit.shape[:-2]), limit.shape[-2], len(agreed), dtype=torch.bool
+    )
+    found[..., near] = at_least(limit, x[..., near])
+    return found
+
+
+def meets(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Whether the whole numbers of some pair share a bit."""
+    shared = _shared(pairs)
+    return _compared(torch.ne, shared, shared.new_zeros(()))
+
+
+def apart(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Whether those of no pair do."""
+    shared = _shared(pairs)
+    return _compared(torch.eq, shared, shared.new_zeros(()))
+
+
+def _shared(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    return reduce(or_, (a & b for a, b in pairs))
 
 
 def traced(*given: Tensor) -> bool:
@@ -76,7 +103,8 @@ def traced(*given: Tensor) -> bool:
 def _compared(how: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
     if is_functorch_wrapped_tensor(a) or is_functorch_wrapped_tensor(b):  # which give nothing into a tensor of ours
         return how(a, b)
-    return how(a, b, out=torch.empty(0, dtype=a.dtype, device=a.device)).to(torch.bool)
+    found = how(a, b, out=torch.empty(0, dtype=a.dtype, device=a.device))
+    return found.view(torch.bool) if a.dtype is torch.uint8 else found.to(torch.bool)
 
 
 def zeroed(x: Tensor, keep: Tensor, into: bool = False, near: slice | None = None) -> Tensor:

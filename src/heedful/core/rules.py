@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -13,7 +14,6 @@ from heedful.core.column_ranges import Ranges, intersection, union
 from heedful.core.errors import DefinitionError
 from heedful.core.flags import between, either
 from heedful.core.positions import Pairs, Positions, spread_heads
-from heedful.core.values import replace
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,14 +22,15 @@ class Parts:
 
     rows: Tensor  # [b|1, h|1, parts, r], which queries of the call; as many as it has: none
     cols: Tensor  # [b|1, h|1, parts, k], which keys
-    keep: Tensor | None = None  # [b|1, h|1, parts, r, k], which pairs of a part are computed; None: all
+    # which pairs of these parts are computed, [b|1, h|1, parts, r, k], asked of as many as are held at once; None: all
+    keep: Callable[[slice], Tensor] | None = None
     shared: bool = False  # a query is in several parts, no two of which compute the same pair
     past: bool = False  # no key that a part computes comes after its query
 
-    def some(self, those: slice) -> Parts:
-        """These of the parts."""
-        keep = None if self.keep is None else self.keep[:, :, those]
-        return replace(self, rows=self.rows[:, :, those], cols=self.cols[:, :, those], keep=keep)
+
+def known(keep: Tensor) -> Callable[[slice], Tensor]:
+    """Pairs of parts `[b|1 h|1 parts r k]`, as `Parts` asks for them, where they are known already."""
+    return lambda those: keep[:, :, those]
 
 
 class Rule:

@@ -16,7 +16,7 @@ from heedful.core.flags import both, some
 from heedful.core.key_ranges import encode, tidy
 from heedful.core.mask import Rule
 from heedful.core.positions import Pairs, Positions
-from heedful.core.rules import Parts
+from heedful.core.rules import Parts, known
 from heedful.kit.topk import places_of
 
 SPARSE = 0.5  # of a call's pairs that parts may have and be worth gathering
@@ -153,23 +153,29 @@ class Chosen(_Picked):
         return picked
 
 
-Alone = Callable[[Tensor, Tensor], Tensor]
+Alone = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 def meeting(asking: Tensor, giving: Tensor, alone: Alone | None = None) -> tuple[Parts, ...]:
     """Parts of queries `asking [b|1 h|1 parts q]` and keys `giving [b|1 h|1 parts k]`, all of which see one another.
 
-    Where queries are in several of them `alone` says which pairs of some queries and keys, `[b|1 h|1 parts r|k]`, are
-    of this part and of none before it.
+    Where queries are in several of them `alone` says which pairs of the queries and keys of some parts, `[b|1 h|1 those
+    r|k]`, are of this part and of none before it.
     """
     (rows, asked), (cols, held) = places_of(asking), places_of(giving)
     if rows.shape[2] * rows.shape[3] * cols.shape[3] > SPARSE * asking.shape[3] * giving.shape[3]:
         return ()
-    keep = None if bool(held.all()) else held[..., None, :].expand(-1, -1, -1, rows.shape[3], -1)
-    if alone is not None:
-        own = alone(rows, cols)
-        keep = own if keep is None else both(keep, own)
-    return (Parts(rows.where(asked, asking.shape[3]), cols, keep, shared=alone is not None),)
+    full = bool(held.all())
+
+    def keep(those: slice) -> Tensor:
+        there = held[:, :, those, None].expand(-1, -1, -1, rows.shape[3], -1)
+        if alone is None:
+            return there
+        own = alone(rows[:, :, those], cols[:, :, those], those)
+        return own if full else both(there, own)
+
+    asked = rows.where(asked, asking.shape[3])
+    return (Parts(asked, cols, None if full and alone is None else keep, shared=alone is not None),)
 
 
 def by_block(chosen: Tensor, size: int) -> tuple[Parts, ...]:
@@ -196,6 +202,6 @@ def by_block(chosen: Tensor, size: int) -> tuple[Parts, ...]:
     cols = (number[..., None] * size + inside).clamp(max=n - 1)
     earlier = Parts(rows.view(texts, heads, total, ROWS), cols, shared=True, past=True)
     own = block[:, None] * size + inside
-    keep = (inside[:, None] >= inside).expand(1, 1, blocks, -1, -1)
+    keep = known((inside[:, None] >= inside).expand(1, 1, blocks, -1, -1))
     mine = Parts(own.clamp(max=n)[None, None], own.clamp(max=n - 1)[None, None], keep, shared=True, past=True)
     return (mine, earlier) if total else (mine,)

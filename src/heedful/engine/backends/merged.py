@@ -43,7 +43,7 @@ def _pieced(kernel: Library, job: AttentionCall, fold: Fold, tensors: tuple[Tens
     call = replace(call, mask=Mask() if call.keep is None else Mask((Dense(call.keep, apart=True),)), keep=None)
     needs = Needs(call=call, tensors=(own[0], own[1], own[2]))
     asked, out = attended(kernel, replace(job, call=call, needs=needs), (own[0], own[1], own[2]), back=True)
-    return _Piece(asked, fold.numbers(fold.part.rows, q.shape[1], q.shape[2])), out
+    return _Piece(asked, fold.numbers(fold.rows, q.shape[1], q.shape[2])), out
 
 
 class _Merged(torch.autograd.Function):
@@ -86,13 +86,13 @@ class _Merged(torch.autograd.Function):
         due = torch.cat([given.float().reshape(-1, given.shape[-1]), given.new_zeros(1, given.shape[-1]).float()])
         made, left = [torch.zeros(x.shape, dtype=torch.float32) for x in (q, k, v)], iter(saved)
         for fold, problem, names in zip(ctx.folds, ctx.problems, ctx.names, strict=True):
-            at = fold.numbers(fold.part.rows, q.shape[1], q.shape[2])
+            at = fold.numbers(fold.rows, q.shape[1], q.shape[2])
             _, *own = fold.gathered(ctx.call, (q, k, v))
             own_rows = rows[at.flatten()]
             for name, x in [*((name, next(left)) for name in names), ("rows", own_rows)]:
                 point(problem, name, x)
             theirs, gave = (x[at.flatten()].view(*at.shape, x.shape[-1]) for x in (merged, due))
             given_back = pulled(ctx.kernel, problem, own, theirs, gave, None, False)
-            for to, new, where in zip(made, given_back, (fold.part.rows, *(fold.part.cols,) * 2), strict=True):
+            for to, new, where in zip(made, given_back, (fold.rows, *(fold.cols,) * 2), strict=True):
                 fold.add(to, new, where)
         return *(x.to(like.dtype) for x, like in zip(made, (q, k, v), strict=True)), None, None, None

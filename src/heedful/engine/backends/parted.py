@@ -74,13 +74,13 @@ def folded(part: Parts, tensors: Tensors) -> Iterator[Fold]:
     each = 4 * texts * heads * part.rows.shape[-1] * part.cols.shape[-1]
     step = max(1, TILE_BYTES // max(1, each))
     for start in range(0, part.rows.shape[2], step):
-        yield Fold(part.some(slice(start, start + step)), texts, heads)
+        yield Fold(part, slice(start, start + step), texts, heads)
 
 
 def spread_out(folds: list[Fold], found: list[Tensor], queries: int) -> Tensor:
     """What queries have in their parts, `[b h q e]` as the call has them; zeros for who is in none."""
     texts, heads, width = folds[0].texts, folds[0].heads, found[0].shape[-1]
-    at = torch.cat([fold.numbers(fold.part.rows, heads, queries).flatten() for fold in folds])
+    at = torch.cat([fold.numbers(fold.rows, heads, queries).flatten() for fold in folds])
     rows = torch.cat([x.reshape(-1, width) for x in found])
     out = rows.new_zeros(texts * heads * queries + 1, width).index_copy(0, at, rows)  # the last is for nobody
     return out[:-1].view(texts, heads, queries, width)
@@ -88,7 +88,7 @@ def spread_out(folds: list[Fold], found: list[Tensor], queries: int) -> Tensor:
 
 def _by_head(part: Parts) -> bool:
     """Whether heads have parts of their own."""
-    return any(x is not None and x.shape[1] > 1 for x in (part.rows, part.cols, part.keep))
+    return any(x.shape[1] > 1 for x in (part.rows, part.cols))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +96,28 @@ class Fold:
     """Parts as texts: `[b parts, h, ...]`, or where heads have parts of their own, `[b h parts, 1, ...]`."""
 
     part: Parts
+    those: slice  # of the parts
     texts: int
     heads: int
+
+    @property
+    def rows(self) -> Tensor:
+        return self.part.rows[:, :, self.those]
+
+    @property
+    def cols(self) -> Tensor:
+        return self.part.cols[:, :, self.those]
 
     def gathered(self, call: Call, tensors: Tensors) -> tuple[Call, Tensor, Tensor, Tensor]:
         """The call of these parts, with its queries, keys and values."""
         q, k, v = tensors
         if _by_head(self.part):
             k, v = call.spread(k), call.spread(v)
-        rows = self.part.rows.clamp(max=q.shape[2] - 1)  # of those that are nobody any will do
-        at = self.numbers(self.part.cols, *k.shape[1:3])
+        rows = self.rows.clamp(max=q.shape[2] - 1)  # of those that are nobody any will do
+        at = self.numbers(self.cols, *k.shape[1:3])
         q, k, v = self._take(q, self.numbers(rows, *q.shape[1:3])), self._take(k, at), self._take(v, at)
         own = replace(
-            call, queries=self._places(call.queries, rows), keys=self._places(call.keys, self.part.cols),
+            call, queries=self._places(call.queries, rows), keys=self._places(call.keys, self.cols),
             heads=q.shape[1], kv_heads=k.shape[1], batch=len(q), keep=self._kept(), mask=Mask(),
             query=q, key=k, value=v, ids=None, hidden=None, rotate=None,
         )  # fmt: skip
@@ -151,8 +160,8 @@ class Fold:
         return Positions(index, index if whole.position is whole.index else take(whole.position), None, whole.pads)
 
     def _kept(self) -> Tensor | None:
-        keep = self.part.keep
-        if keep is None:
+        if self.part.keep is None:
             return None
+        keep = self.part.keep(self.those)
         heads = self.heads if _by_head(self.part) else keep.shape[1]
         return self._laid(keep.expand(self.texts, heads, *keep.shape[2:]))

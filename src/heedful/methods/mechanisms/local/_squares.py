@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.flags import both, every
-from heedful.core.rules import Parts
+from heedful.core.rules import Parts, known
 
 SIDES = range(2, 17)  # of squares that are tried
 GATHERED = 60  # pairs that take as long as it does to gather a key
@@ -46,7 +46,7 @@ def squares(query: Tensor, key: Tensor, sides: Sequence[int], meet: Sequence[Ten
     cols = torch.cat([their_patches[cols], their_others.expand(len(cols), -1)], 1)
     if keep is not None and len(their_others):
         keep = pad(keep, (0, len(their_others)), value=True)
-    found = (Parts(rows[None, None], cols[None, None], None if keep is None else keep[None, None]),)
+    found = (Parts(rows[None, None], cols[None, None], None if keep is None else known(keep[None, None])),)
     if not len(others):
         return found
     everything = torch.arange(key.shape[2], device=key.device)

@@ -18,7 +18,7 @@ from heedful.authoring import (
     adds,
     at,
 )
-from heedful.core.flags import at_least, both, whole
+from heedful.core.flags import at_least, both, reaches, some, whole
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen, Reached
 from heedful.kit.topk import place_of, smallest
@@ -88,8 +88,8 @@ class DynamicMaskAttention(Method):
             most = smallest(rank, self.keep, start, stop).to(whole(total))[..., None]  # of a query's keys that it sees
             rank = rank.to(most.dtype)[:, :, None]
             return mask & Reached(
-                lambda rows, cols: at_least(most[:, :, rows], rank[..., cols]),
-                lambda rows: (rank <= most[:, :, rows].amax(2, keepdim=True)).flatten(0, 2).any(0),
+                lambda rows, cols: reaches(rank[..., cols], most[:, :, rows]),
+                lambda rows: some(at_least(most[:, :, rows].amax(2, keepdim=True), rank).flatten(0, 2), 0),
             )
         order, rank = order[:, :, None], rank.to(whole(total))[:, :, None]
 

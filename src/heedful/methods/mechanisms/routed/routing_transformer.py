@@ -21,14 +21,14 @@ from heedful.authoring import (
     SiteError,
     at,
 )
-from heedful.core.flags import either, meets
+from heedful.core.flags import apart, meets
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Reached, meeting
 from heedful.kit.running import past_keys, text_keys
 from heedful.kit.told import of_keys
 from heedful.kit.topk import top_k
 
-WORD = 16  # bits of a whole number of two bytes, its sign among them
+WORD = 8  # bits of a whole number of a byte, which is compared fastest
 
 
 class RoutingTransformer(Method):
@@ -105,14 +105,14 @@ class RoutingTransformer(Method):
         before = _words(torch.ones(self.clusters, self.clusters, device=giving.device).tril(-1).T[None, None])
 
         def meet(rows: slice, cols: slice | Tensor) -> Tensor:
-            return reduce(either, (meets(one[:, :, rows], other[..., cols]) for one, other in codes))
+            return meets(*((one[:, :, rows], other[..., cols]) for one, other in codes))
 
-        def alone(rows: Tensor, cols: Tensor) -> Tensor:
+        def alone(rows: Tensor, cols: Tensor, those: slice) -> Tensor:
             met = []
             for (one, other), earlier in zip(codes, before, strict=True):
-                asked = one.mT.expand(*rows.shape[:3], -1).gather(-1, rows) & earlier[..., None]
-                met.append(meets(asked[..., None], other.expand(*cols.shape[:3], -1).gather(-1, cols)[..., None, :]))
-            return ~reduce(either, met)
+                asked = one.mT.expand(*rows.shape[:3], -1).gather(-1, rows) & earlier[:, :, those, None]
+                met.append((asked[..., None], other.expand(*cols.shape[:3], -1).gather(-1, cols)[..., None, :]))
+            return apart(*met)
 
         taken = giving.flatten(0, 2).any(0)  # rows of a tile are of all clusters, mostly
         return mask & Reached(meet, lambda rows: taken, gather=lambda: meeting(asking, giving, alone))
@@ -133,7 +133,7 @@ def _nearest(near: Tensor, size: Tensor, text: Tensor) -> Tensor:
 
 def _words(clusters: Tensor) -> list[Tensor]:
     """Which clusters `[b h c n]` have taken each token, as the bits of whole numbers `[b h n]`."""
-    bits = [x << i % WORD for i, x in enumerate(clusters.short().unbind(2))]
+    bits = [x << i % WORD for i, x in enumerate(clusters.byte().unbind(2))]
     return [reduce(or_, bits[i : i + WORD]) for i in range(0, len(bits), WORD)]
 
 
