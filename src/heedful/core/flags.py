@@ -65,14 +65,12 @@ def reaches(x: Tensor, limit: Tensor) -> Tensor:
     """`x [... 1 k] <= limit [... r 1]`, of numbers of one type; what all rows agree on is not asked of each of them."""
     if traced(x, limit) or x.device.type != "cpu":
         return at_least(limit, x)
-    agreed = every(at_least(limit.amin(-2, keepdim=True), x).flatten(0, -2), 0)
-    near = (~agreed).nonzero()[:, 0]
-    if 2 * len(near) > len(agreed):
+    near = left_out(at_least(limit.amin(-2, keepdim=True), x), x)
+    if near is not None and 2 * (near.stop - near.start) > x.shape[-1]:
         return at_least(limit, x)
-    found = x.new_ones(
-        *torch.broadcast_shapes(x.shape[:-2], limit.shape[:-2]), limit.shape[-2], len(agreed), dtype=torch.bool
-    )
-    found[..., near] = at_least(limit, x[..., near])
+    found = torch.ones(torch.broadcast_shapes(x.shape, limit.shape), dtype=torch.bool)
+    if near is not None:
+        found[..., near] = at_least(limit, x[..., near])
     return found
 
 
