@@ -132,7 +132,7 @@ def mechanisms(told: Told) -> Iterator[str]:
     """Each mechanism's layer over softmax's, by length, and from which length it is the faster one."""
     lengths = list(dict.fromkeys(row["tokens"] for row in told["rows"]))
     yield "Seconds of one core over those of softmax in the same layer, projections and all; below 1 is faster. Where"
-    yield "nothing stands, a shorter text foretold too long a step, or a run ended before it came to that. Share"
+    yield "nothing stands, a shorter text foretold too long a step, or so long a one is refused. Share"
     yield "of pairs: what is computed at the greatest length tried, and by how much the time exceeds such a share"
     yield f"of softmax's, of both without what such a layer takes without attention, {FLOOR}'s time in one; nothing"
     yield "where that was not tried, and 0 where nothing is left of the time. *both* attends to both sides, the others"
@@ -151,7 +151,8 @@ def mechanisms(told: Told) -> Iterator[str]:
         shares = (f"{share:.1%}", "" if over is None else f"{over:.2f}") if share < WHOLE else ("", "")
         froms = (f"{n:,}" if n else "" for n in pays)
         yield _row(name if causal else f"{name} (*both*)", *cells, *froms, *shares)
-    cannot = sorted({row["method"] for row in told["rows"] if row.get("why", "").startswith("cannot")})
+    ran = {row["method"] for row in told["rows"] if "there" in row}
+    cannot = sorted({row["method"] for row in told["rows"] if row.get("why", "").startswith("cannot")} - ran)
     yield ""
     yield f"In no such layer by themselves: {', '.join(cannot)}." if cannot else ""
 
