@@ -12,7 +12,7 @@ from torch import Tensor
 from claims._loaded import default
 from claims.ledger import Claim, run
 from heedful import Prompt
-from heedful.core.kinds import NOTHING_READ, Read
+from heedful.core.kinds.decode import NOTHING_READ, Read
 from heedful.methods.intervene.language.largepig import LAST, LargePiG
 from heedful.text_models import text_model
 

@@ -14,7 +14,7 @@ from claims.ledger import Claim, run
 from heedful import attach, fit, models, operate
 from heedful.core.entry import Layer
 from heedful.core.figures import Head
-from heedful.core.kinds import HeadWeights, Surgery
+from heedful.core.kinds.weights import HeadWeights, Surgery
 from heedful.core.paper import Paper
 from heedful.methods.explain.composition_score import CompositionScore
 from heedful.methods.observe.induction_heads import Copying, InductionHeads

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from claims.ledger import Claim, run
 from claims.P008 import EVEN, NOISE, SIZE, TRIED, asked, drawn, trained, untrained
 from heedful.core.entry import Layer
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods import HeadCircuits
 from heedful.nn import Attention
 

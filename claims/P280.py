@@ -11,7 +11,7 @@ from claims._cache import Reading, losses, questions
 from claims._loaded import default
 from claims.ledger import Claim, run
 from heedful import Prompt, arrange
-from heedful.core.kinds import Reader
+from heedful.core.kinds.tokens import Reader
 from heedful.methods.sparse.tokens.spec_pc import SpecPC
 
 WORDS, QUESTIONS = 30, 2

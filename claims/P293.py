@@ -14,7 +14,7 @@ from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import Prompt, fit
 from heedful.api import reader
-from heedful.core.kinds import Reader
+from heedful.core.kinds.tokens import Reader
 from heedful.core.regions import Span
 from heedful.methods.sparse.tokens.s3_attention import S3Attention, _Projections
 

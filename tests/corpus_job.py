@@ -12,7 +12,7 @@ import torch
 
 from heedful import models
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.diagnosis import run as running
 from heedful.diagnosis.corpus import Corpus
 from heedful.diagnosis.profile import Profile

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from heedful.adapters.carried import shelf_of
 from heedful.core.call import CachedKV, Call, Merged, Phase
 from heedful.core.entry import Layer
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Method
 from heedful.core.paper import Paper

@@ -13,7 +13,7 @@ import heedful
 from heedful import models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.explaining.aim import aim_of
 from heedful.explaining.attribution import attribute
 from heedful.explaining.replacing import ReAGent

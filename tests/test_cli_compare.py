@@ -16,7 +16,7 @@ from heedful.catalogue import entries, in_room, parted, room
 from heedful.cli.app import app
 from heedful.cli.progress import Bars
 from heedful.core.errors import CatalogueError, FieldError, HeedfulError, RefusedModel, UnusableFile
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.tasks import known
 
 RUN = CliRunner()

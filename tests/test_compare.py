@@ -26,7 +26,10 @@ from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Progress, Prompt, Read, Surgery, Tokens
+from heedful.core.kinds.conversion import Progress
+from heedful.core.kinds.decode import NOTHING_READ, Decode, Read
+from heedful.core.kinds.tokens import Prompt, Tokens
+from heedful.core.kinds.weights import HeadWeights, Surgery
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
@@ -190,15 +193,12 @@ def test_numbers_are_paired_with_the_unedited_model(loaded) -> None:
 
 
 def test_a_comparison_goes_on_where_it_stopped(loaded, tmp_path: Path) -> None:
-    class Enough(Exception):
-        pass
-
     def stop(now: Progress) -> None:
         if now.done == 7:
-            raise Enough
+            raise KeyboardInterrupt
 
     methods = [SinkWindow(1, 4), TempScale(0.5)]
-    with pytest.raises(Enough):
+    with pytest.raises(KeyboardInterrupt):
         compare(loaded, methods, [Echo()], prompts=4, turns=1, out=tmp_path, progress=stop)
     file = tmp_path / RECORDS
     kept = len(read(file)[1])

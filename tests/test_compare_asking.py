@@ -17,7 +17,8 @@ from heedful.bench.records import Answered
 from heedful.bench.results import PLAIN
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.kinds import Progress, Prompt
+from heedful.core.kinds.conversion import Progress
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at

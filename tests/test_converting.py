@@ -12,7 +12,7 @@ import heedful
 from heedful import converting, models
 from heedful.core.errors import StatisticError
 from heedful.core.files import TAUGHT
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.methods import AttentionEditing, GatedHeads, SinkWindow
 
 from . import apart

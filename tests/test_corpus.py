@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from heedful import models
 from heedful.conformance.tolerances import MERGE
 from heedful.core.errors import FieldError, StatisticError, WriteError
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.core.stats import Histogram
 from heedful.diagnosis import corpus as reading
 from heedful.diagnosis import run as running

@@ -17,7 +17,7 @@ from heedful.core.call import Call
 from heedful.core.entry import Probe, Readings
 from heedful.core.errors import FieldError, RefusedModel, StatisticError
 from heedful.core.figures import Role
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads

@@ -17,7 +17,7 @@ from heedful.authoring import Call, Fitted, Layer, Surgery, at
 from heedful.conformance import fold_laws
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError, HeedfulError, RefusedModel, SiteError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods.compress.prune.prune_heads import PruneHeads
 from heedful.methods.compress.quantise.absmax import Absmax
 from heedful.methods.compress.quantise.quant_vla import QuantVLA

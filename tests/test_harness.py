@@ -20,7 +20,7 @@ from heedful.bench import harness
 from heedful.bench.answer import answer
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.methods.sparse.prefill.sink_window import SinkWindow

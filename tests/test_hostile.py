@@ -18,7 +18,7 @@ import heedful
 from heedful import catalogue, explaining, models, nn, tasks
 from heedful.core import asked, stats
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.spelling import spelled
 from heedful.methods import ACT, PASTA, AttentionRollout, AttentionSorting, RetrievalHeads, SinkRate, SnapKV, TempScale
 from heedful.models import Loaded

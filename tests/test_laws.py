@@ -14,7 +14,9 @@ from heedful.conformance import laws, subjects
 from heedful.core.call import Call
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Reader, Surgery, Tokens
+from heedful.core.kinds.decode import NOTHING_READ, Decode, Read
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
+from heedful.core.kinds.weights import HeadWeights, Surgery
 from heedful.core.mask import Mask, Rule
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper

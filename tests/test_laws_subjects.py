@@ -17,7 +17,7 @@ from heedful.conformance.subjects import SUBJECTS, once, subjects_of, tiny_model
 from heedful.core.call import Call
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt, Reader, Tokens
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads

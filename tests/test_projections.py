@@ -19,9 +19,9 @@ from heedful.adapters.choosing import adapter_for
 from heedful.adapters.projections import projections
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
-from heedful.core.entry import Layer
+from heedful.core.entry import FitContext, Layer
 from heedful.core.errors import FoldError, RefusedModel
-from heedful.core.kinds import FitContext, HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat

@@ -13,7 +13,8 @@ from heedful import Prompt, decode, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.entry import Readings
-from heedful.core.kinds import NOTHING_READ, Decode, Read, Reader
+from heedful.core.kinds.decode import NOTHING_READ, Decode, Read
+from heedful.core.kinds.tokens import Reader
 from heedful.core.method import Method, Stack
 from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import Site, reads

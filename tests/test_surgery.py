@@ -18,7 +18,7 @@ from heedful.adapters.weights import read_weights
 from heedful.authoring import Call, Layer, Paper, Surgery, at
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 
 PAPER = Paper("T000", "A test", "A. Tester", 2026, url="https://example.org")
 

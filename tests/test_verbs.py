@@ -12,7 +12,8 @@ from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Decode, Readings, Tokens
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
-from heedful.core.kinds import NOTHING_READ, Read, Reader
+from heedful.core.kinds.decode import NOTHING_READ, Read
+from heedful.core.kinds.tokens import Reader
 from tests.samples import PAPER, Scale, Shares, Zero
 
 

@@ -15,7 +15,7 @@ from heedful import models
 from heedful.bench.compare import compare
 from heedful.catalogue import parted, stack_from
 from heedful.core.files import RECORDS
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 
 METHODS = (
     "snapkv(budget=0.25),knorm(budget=0.25),heavyhitter(budget=0.25),tokenselect,sinkwindow(4,96),sampleattention,"

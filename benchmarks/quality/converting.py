@@ -19,7 +19,8 @@ from claims._texts import apart
 from heedful import attach, fit, models, operate
 from heedful.bench.cost import cost
 from heedful.bench.results import price
-from heedful.core.kinds import Prompt, Surgery
+from heedful.core.kinds.tokens import Prompt
+from heedful.core.kinds.weights import Surgery
 from heedful.core.method import Part, Stack, as_stack
 from heedful.methods import MALA, AttentionEditing, GatedHeads, MultiQueryAttention, SinkWindow
 from heedful.models import smollm2

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.models.small_denoiser import LENGTH, PATCH
 from heedful.models.two_things import PLACES, SIDE, painted
 from heedful.tasks import Scene

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.diagnosis.shards import Piece
 from heedful.diagnosis.workers import Pieces, Ray, Read, Workers
 

@@ -68,7 +68,7 @@ class Job:
 
     def __post_init__(self) -> None:
         from heedful.catalogue import entries
-        from heedful.core.kinds import Surgery
+        from heedful.core.kinds.weights import Surgery
         from heedful.core.method import Method
         from tests.test_diagnose_texts import characters
 

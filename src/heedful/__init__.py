@@ -36,7 +36,7 @@ _HOMES = {
     "Stack": "heedful.core.method",
     "Method": "heedful.core.method",
     "Site": "heedful.core.sites",
-    "Prompt": "heedful.core.kinds",
+    "Prompt": "heedful.core.kinds.tokens",
     "Task": "heedful.tasks.task",
     "HeedfulError": "heedful.core.errors",
 }

@@ -16,7 +16,7 @@ from heedful.bench.compare import compare as compare
 from heedful.bench.comparison import Comparison as Comparison
 from heedful.conformance import check as check
 from heedful.core.errors import HeedfulError as HeedfulError
-from heedful.core.kinds import Prompt as Prompt
+from heedful.core.kinds.tokens import Prompt as Prompt
 from heedful.core.method import Method as Method
 from heedful.core.method import Stack as Stack
 from heedful.core.sites import Site as Site

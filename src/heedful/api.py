@@ -16,19 +16,11 @@ from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.entry import CatalogueEntry, FitContext, Layer
 from heedful.core.errors import FieldError, InactiveWarning
-from heedful.core.kinds import (
-    NOTHING,
-    Conversion,
-    HeadWeights,
-    Loaded,
-    Prompt,
-    Reader,
-    Report,
-    Surgery,
-    Tokens,
-    Vocabulary,
-    model_of,
-)
+from heedful.core.kinds.conversion import Conversion, Report
+from heedful.core.kinds.decode import NOTHING
+from heedful.core.kinds.loaded import Loaded, model_of
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
+from heedful.core.kinds.weights import HeadWeights, Surgery, Vocabulary
 from heedful.core.method import Method, Part, Stack
 from heedful.core.ranges import PositiveInt
 from heedful.core.regions import Roles

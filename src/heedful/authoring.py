@@ -7,18 +7,10 @@ from heedful.core.entry import CatalogueEntry, FitContext, Layer, Probe, Reading
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.figures import Curves, Description, Finding, Grid, HeadMap, Intervals, Listing, Role, Scatter
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import (
-    Conversion,
-    Decode,
-    HeadWeights,
-    Prompt,
-    Read,
-    Reader,
-    Surgery,
-    Tokens,
-    Vocabulary,
-    Weights,
-)
+from heedful.core.kinds.conversion import Conversion
+from heedful.core.kinds.decode import Decode, Read
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
+from heedful.core.kinds.weights import HeadWeights, Surgery, Vocabulary, Weights
 from heedful.core.mask import Causal, First, Mask, Where, Window
 from heedful.core.method import Method, Part, Stack
 from heedful.core.packed import Packed, Packing

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from heedful.core.asked import asks
 from heedful.core.entry import CatalogueEntry
 from heedful.core.errors import CatalogueError, FieldError, nearest
-from heedful.core.kinds import Weights
+from heedful.core.kinds.weights import Weights
 from heedful.core.method import Method, Stack
 from heedful.core.reading import name_in, written
 from heedful.core.spelling import name_of

@@ -24,7 +24,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, FoldError, InactiveWarning, RefusedModel, StatisticError
 from heedful.core.files import TAUGHT, digest_of, folder_for, held, placed, sealed
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Conversion, Progress, Report
+from heedful.core.kinds.conversion import Conversion, Progress, Report
 from heedful.core.method import Method, Stack, as_stack
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.stats import Cat

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from heedful.adapters.hooked import Hooked
 from heedful.api import attach
 from heedful.core.errors import FieldError, SiteError, shape_of
-from heedful.core.kinds import Decode, Prompt
+from heedful.core.kinds.decode import Decode
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.method import Method, Part, Stack, method_of
 from heedful.core.regions import Roles
 from heedful.engine.run import Run

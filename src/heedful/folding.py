@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, FoldError, RefusedModel, SiteError
-from heedful.core.kinds import HeadWeights, Loaded, Surgery, model_of
+from heedful.core.kinds.loaded import Loaded, model_of
+from heedful.core.kinds.weights import HeadWeights, Surgery
 from heedful.core.method import Method, Part, Scoped, Stack, as_stack, method_of
 from heedful.core.sites import Site
 

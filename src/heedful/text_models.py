@@ -18,7 +18,9 @@ from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.api import arrange, attach, operate, reader
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError, shape_of
-from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
+from heedful.core.kinds.decode import NOTHING, Decode
+from heedful.core.kinds.tokens import Prompt, Tokens
+from heedful.core.kinds.weights import Surgery
 from heedful.core.method import Part, Stack, as_stack, clash
 from heedful.core.ranges import PositiveInt
 from heedful.drawing import Guided, begin, drawn, guide_of

@@ -14,7 +14,7 @@ import heedful
 from heedful.cli.app import app
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Curves, Intervals, Scatter
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.core.method import Stack
 from heedful.laboratory import costs, kinds, records
 from heedful.laboratory.lab import _chosen

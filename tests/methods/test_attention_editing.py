@@ -14,7 +14,7 @@ import heedful
 from heedful import attach, models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.methods import (
     AttentionEditing,
     GatedHeads,

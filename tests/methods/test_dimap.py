@@ -10,7 +10,7 @@ from heedful import fit, models, operate
 from heedful.conformance.tolerances import close
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods import DIMAP
 
 PROJECTIONS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",)}

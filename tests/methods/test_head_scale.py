@@ -14,7 +14,7 @@ from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods.intervene.language import head_scale
 from heedful.methods.intervene.language.head_scale import HeadScale, _loss, _schedule
 from heedful.methods.intervene.language.temp_scale import TempScale

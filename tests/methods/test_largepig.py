@@ -13,7 +13,7 @@ from torch import Tensor
 from heedful import Prompt, decode, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Read
+from heedful.core.kinds.decode import Read
 from heedful.methods.intervene.language.largepig import LAST, LargePiG, _Pointer
 from heedful.text_models import text_model
 

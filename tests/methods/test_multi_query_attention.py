@@ -14,7 +14,7 @@ from heedful.adapters.kvcache import cache_bytes
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods import MultiQueryAttention
 from tests.by_hand import causal_map, heads_of, llama_states
 

@@ -14,7 +14,7 @@ from heedful.authoring import Call, Fitted, at
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, FoldError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods.compress.prune.prune_heads import PAPER, PruneHeads
 
 

@@ -10,7 +10,7 @@ from heedful import fit, models, operate
 from heedful.authoring import Fitted, Layer
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods.intervene.language.steer2edit import Steer2Edit
 
 

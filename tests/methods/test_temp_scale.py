@@ -10,7 +10,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods.intervene.language.temp_scale import TempScale
 
 

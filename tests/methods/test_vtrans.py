@@ -15,7 +15,7 @@ from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.methods import VTrans
 from tests.by_hand import Steps, causal_map, heads_of, llama_states
 

@@ -22,7 +22,8 @@ from heedful.bench.compare import compare
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read, Reader
+from heedful.core.kinds.decode import NOTHING_READ, Decode, Read
+from heedful.core.kinds.tokens import Prompt, Reader
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads

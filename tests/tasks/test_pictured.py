@@ -14,7 +14,7 @@ from heedful.bench.asking import going_on
 from heedful.bench.compare import compare
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.methods import TempScale, ToMe
 from heedful.tasks import from_file
 from heedful.tasks._pictured import PicturedChoices, PicturedQuestions

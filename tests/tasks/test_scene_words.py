@@ -18,7 +18,7 @@ from heedful.bench.compare import compare
 from heedful.bench.records import Answered
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.methods import AttendAndExcite, SoftPAG, TempScale
 from heedful.models.small_denoiser import HEADS
 from heedful.tasks import Scene, find

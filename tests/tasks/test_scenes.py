@@ -27,7 +27,7 @@ from heedful.bench.cost import cost
 from heedful.bench.records import Answered, Cost
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.drawing import drawn
 from heedful.methods import CONFORM, HRV, AttendAndExcite, TempScale
 from heedful.models.small_denoiser import speller

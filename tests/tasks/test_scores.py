@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.tasks.choices import IOI, ColouredObjects, GreaterThan
 from heedful.tasks.documents import DocumentQA
 from heedful.tasks.facts import Capitals, Hypernyms

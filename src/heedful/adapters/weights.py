@@ -16,7 +16,7 @@ from heedful.adapters.projections import HEADS, SHARED, Projections, transposed
 from heedful.adapters.spread import here, whole
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
-from heedful.core.kinds import HeadWeights, Vocabulary
+from heedful.core.kinds.weights import HeadWeights, Vocabulary
 
 
 def _matrix(linear: Any) -> Tensor:

@@ -13,7 +13,8 @@ from heedful.api import still
 from heedful.bench.answer import answer
 from heedful.bench.records import Answered, Refused
 from heedful.core.errors import FieldError, HeedfulError, SiteError, first_line
-from heedful.core.kinds import Decode, Tokens
+from heedful.core.kinds.decode import Decode
+from heedful.core.kinds.tokens import Tokens
 from heedful.core.method import Method, Stack, method_of
 from heedful.core.regions import Roles
 from heedful.drawing import require_denoises

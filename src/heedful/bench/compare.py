@@ -26,7 +26,10 @@ from heedful.core.code import code_of
 from heedful.core.errors import Code, FieldError, HeedfulError, RefusedModel, WriteError
 from heedful.core.figures import a_few, counted
 from heedful.core.files import RECORDS, folder_for, held
-from heedful.core.kinds import Decode, Progress, Report, Surgery, Tokens
+from heedful.core.kinds.conversion import Progress, Report
+from heedful.core.kinds.decode import Decode
+from heedful.core.kinds.tokens import Tokens
+from heedful.core.kinds.weights import Surgery
 from heedful.core.method import Method, Scoped, Stack, method_of
 from heedful.core.values import replace
 from heedful.diagnosis.texts import positions

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from heedful.core.entry import CatalogueEntry
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.core.method import Scoped, Stack, method_of
 from heedful.models import Loaded
 from heedful.text_models import Contender

@@ -10,7 +10,7 @@ from torch import nn
 
 from heedful.bench.answer import answer, follow
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.tasks.task import Item
 from heedful.text_models import Contender, text_model
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from heedful.core.entry import CatalogueEntry
-    from heedful.core.kinds import Measure
+    from heedful.core.kinds.weights import Measure
     from heedful.diagnosis.profile import Profile
     from heedful.models import Loaded
 
@@ -44,7 +44,7 @@ STAGES = {
 def measures_from(text: str) -> list[Measure] | None:
     """Measures by name, parted by commas, with settings if they follow; none for the default ones."""
     from heedful.catalogue import entry_from, parted
-    from heedful.core.kinds import Weights
+    from heedful.core.kinds.weights import Weights
     from heedful.core.method import Method
 
     parts: list[Measure] = []
@@ -75,7 +75,7 @@ def summary(profile: Profile, page: Path | None) -> str:
 
 def built_in(loaded: Loaded) -> str | Tensor:
     """What is read where no text is given: ours, or drawn tokens where no tokenizer knows words."""
-    from heedful.core.kinds import words_of
+    from heedful.core.kinds.loaded import words_of
 
     if (tokenizer := words_of(loaded.tokenizer)) is not None:
         text = files("heedful").joinpath("cli/text.txt").read_text(encoding="utf-8")

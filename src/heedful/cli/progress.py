@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from heedful.core.kinds import Progress as Step
+    from heedful.core.kinds.conversion import Progress as Step
 
 EVERY = 60.0  # seconds from one line of a log to the next
 

@@ -14,7 +14,10 @@ from heedful.conformance.place import place
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Conversion, Decode, Prompt, Surgery, Tokens
+from heedful.core.kinds.conversion import Conversion
+from heedful.core.kinds.decode import Decode
+from heedful.core.kinds.tokens import Prompt, Tokens
+from heedful.core.kinds.weights import Surgery
 from heedful.text_models import decode
 
 _SPAN = ((13, 15),)

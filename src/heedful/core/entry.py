@@ -18,7 +18,7 @@ from heedful.core.regions import Roles
 from heedful.core.stats import Statistic
 
 if TYPE_CHECKING:
-    from heedful.core.kinds import HeadWeights, Surgery, Vocabulary
+    from heedful.core.kinds.weights import HeadWeights, Surgery, Vocabulary
     from heedful.core.method import Part, Stack
 
 _FUNCTIONS = (FunctionType, classmethod, property)

@@ -22,7 +22,7 @@ from heedful.core.sites import HEADLESS_SITES, MAP_SITES, SINGLE_SITES, Edit, Si
 from heedful.core.stats import Statistic
 
 if TYPE_CHECKING:
-    from heedful.core.kinds import HeadWeights
+    from heedful.core.kinds.weights import HeadWeights
 
 
 class _Edits:

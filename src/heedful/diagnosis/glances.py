@@ -13,7 +13,7 @@ from heedful.core.call import Call
 from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head, shrunk
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.core.method import Method
 from heedful.core.regions import Region
 from heedful.core.sites import Site, reads

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from heedful.adapters.grids import Grid, before_patches, grid_of, names_before, regions
 from heedful.api import still
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Measure
+from heedful.core.kinds.weights import Measure
 from heedful.diagnosis import glances, listening, view
 from heedful.diagnosis.images import images
 from heedful.diagnosis.measures import DEFAULT, HEARD, PICTURED

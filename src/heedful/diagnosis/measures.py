@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from heedful.catalogue import entries, entry_from
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Measure, Weights
+from heedful.core.kinds.weights import Measure, Weights
 from heedful.core.method import Method, Part, method_of
 from heedful.methods.observe.attention_profile import AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads

@@ -16,7 +16,7 @@ from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Curves, Description, Figure, Finding, Role, a_few, counted
 from heedful.core.files import folder_named
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Measure, Weights
+from heedful.core.kinds.weights import Measure, Weights
 from heedful.core.method import method_of
 from heedful.core.stats import Max, Statistic, TopK
 from heedful.diagnosis.apart import banded, dealt

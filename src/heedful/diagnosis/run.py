@@ -19,7 +19,9 @@ from heedful.core.code import code_of
 from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Measure, Progress, Report, Tokenizer, Weights, words_of
+from heedful.core.kinds.conversion import Progress, Report
+from heedful.core.kinds.loaded import Tokenizer, words_of
+from heedful.core.kinds.weights import Measure, Weights
 from heedful.core.method import Stack, method_of
 from heedful.core.ranges import PositiveInt
 from heedful.core.stats import Cat, Statistic

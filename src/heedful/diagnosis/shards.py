@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from heedful.api import still
-from heedful.core.kinds import Measure
+from heedful.core.kinds.weights import Measure
 from heedful.core.method import Stack
 from heedful.core.stats import Statistic
 from heedful.diagnosis.apart import MOST, Found

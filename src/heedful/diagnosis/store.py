@@ -14,7 +14,7 @@ from torch import Tensor
 from heedful.catalogue import entries, named
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
 from heedful.core.files import PART, PROFILE, digest_of, replace_text, sealed, writing
-from heedful.core.kinds import Measure, Weights
+from heedful.core.kinds.weights import Measure, Weights
 from heedful.core.method import Method, Scoped
 from heedful.core.spelling import built, spelled
 from heedful.core.stats import Cat, Statistic, load, save

@@ -11,7 +11,7 @@ from heedful.adapters.choosing import adapter_for
 from heedful.adapters.wrapped import device_of
 from heedful.api import attach
 from heedful.core.errors import RefusedModel, TooLittleMemory
-from heedful.core.kinds import Report
+from heedful.core.kinds.conversion import Report
 from heedful.core.method import Part, Stack
 from heedful.diagnosis.inputs import INPUTS
 from heedful.diagnosis.profile import endless

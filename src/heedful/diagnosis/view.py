@@ -16,7 +16,7 @@ from heedful.core.call import Call, Phase
 from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head, Role
-from heedful.core.kinds import Progress
+from heedful.core.kinds.conversion import Progress
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads

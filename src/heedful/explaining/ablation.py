@@ -16,7 +16,8 @@ from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import HeadWeights, Tokenizer
+from heedful.core.kinds.loaded import Tokenizer
+from heedful.core.kinds.weights import HeadWeights
 from heedful.core.method import Method, Part, Stack
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean, Statistic

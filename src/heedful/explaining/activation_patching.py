@@ -19,7 +19,7 @@ from heedful.core.entry import Layer
 from heedful.core.errors import Code, FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds.loaded import Tokenizer
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.core.errors import Code, FieldError, RefusedModel
 from heedful.core.figures import Head
-from heedful.core.kinds import Prompt, words_of
+from heedful.core.kinds.loaded import words_of
+from heedful.core.kinds.tokens import Prompt
 from heedful.shown import Reads
 
 BROKEN = "\ufffd"  # stands for what is no whole character

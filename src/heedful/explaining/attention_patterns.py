@@ -19,7 +19,7 @@ from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import Code, FieldError
 from heedful.core.figures import Grid, Head, counted, head_name
-from heedful.core.kinds import Tokenizer, words_of
+from heedful.core.kinds.loaded import Tokenizer, words_of
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic

@@ -12,7 +12,7 @@ from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError
 from heedful.core.figures import Grid
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds.loaded import Tokenizer
 from heedful.core.method import Part
 from heedful.explaining.aim import Text, aim_of, fed, following, ids_of, spelled
 from heedful.explaining.drawn import Drawn

@@ -14,7 +14,8 @@ from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, InactiveWarning, RefusedModel
 from heedful.core.figures import Head, HeadMap, head_name
-from heedful.core.kinds import Progress, Report, Tokenizer
+from heedful.core.kinds.conversion import Progress, Report
+from heedful.core.kinds.loaded import Tokenizer
 from heedful.core.paper import Paper
 from heedful.engine.run import Run
 from heedful.explaining.ablation import _instead, _Means

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Curves, Grid, Head, HeadMap, head_name
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds.loaded import Tokenizer
 from heedful.explaining.aim import require_count, spelled, strongest
 from heedful.explaining.drawn import Drawn, Told
 from heedful.explaining.stream import Stream, token_of

@@ -15,7 +15,7 @@ from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.figures import Description, Figure, Finding, Grid, Lit, percent
-from heedful.core.kinds import Measure
+from heedful.core.kinds.weights import Measure
 from heedful.core.ranges import PositiveInt
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat

@@ -14,7 +14,7 @@ from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, ModelError
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds.loaded import Tokenizer
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic

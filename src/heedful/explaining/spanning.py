@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError
 from heedful.core.figures import printed
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds.loaded import Tokenizer
 from heedful.core.paper import Paper
 from heedful.explaining.attention_patterns import patterns
 from heedful.models import Loaded

@@ -16,7 +16,7 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.kinds import words_of
+from heedful.core.kinds.loaded import words_of
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic

@@ -16,7 +16,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Grid, Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds.loaded import Tokenizer
 from heedful.core.method import Method, Part
 from heedful.core.sites import Site, at
 from heedful.explaining.aim import pairs, strongest

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Figure
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.method import Method
 from heedful.engine.run import Run
 

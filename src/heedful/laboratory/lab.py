@@ -11,7 +11,7 @@ from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import folder_for
-from heedful.core.kinds import Progress, Report
+from heedful.core.kinds.conversion import Progress, Report
 from heedful.core.method import Method, Part, Scoped, Stack, as_stack
 from heedful.core.ranges import PositiveInt
 from heedful.laboratory.costs import PLAIN

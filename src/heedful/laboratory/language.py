@@ -16,7 +16,7 @@ from heedful.adapters.wrapped import device_of
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Figure
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean

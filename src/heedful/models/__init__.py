@@ -11,7 +11,7 @@ import torch
 
 from heedful.core.asked import asks
 from heedful.core.errors import ModelError
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models import hub, minilm, smollm2
 from heedful.models.dinov2 import vision
 from heedful.models.folders import pretrained

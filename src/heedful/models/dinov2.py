@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.onnx_weights import weights_of
 from heedful.models.packages import Packed, depth, making
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from heedful.core.errors import HeedfulError, ModelError, first_line
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 # In order of preference: the first whose table holds the architecture that the checkpoint names.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.gguf_weights import convert
 from heedful.models.packages import Packed
 

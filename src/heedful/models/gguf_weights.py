@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits
 
 from heedful.core.errors import ModelError, first_line
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.copies import unpacked
 from heedful.models.folders import pretrained, require_whole
 

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from heedful.core.errors import ModelError, first_line, nearest
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.folders import pretrained
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models import hub, packages
 from heedful.models.folders import pretrained
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from heedful.core.errors import ModelError, first_line
 from heedful.core.files import file_digest
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.copies import Convert, unpacked
 from heedful.models.folders import pretrained
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, VitsConfig
 from transformers.models.vits.modeling_vits import VitsPreTrainedModel, VitsTextEncoder, VitsTextEncoderOutput
 
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.onnx_weights import weights_of
 from heedful.models.packages import Packed, depth, making
 

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedTokenizerFast
 
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.packages import Packed, making
 
 ATOM_MAP = (10, 5)  # the layer and the head whose weights the package reads as a map of atoms

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from heedful.core.errors import ModelError
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.two_things import SIDE, WORDS
 
 PATCH, WIDTH, HEADS, LAYERS, LENGTH = 2, 64, 4, 3, 5

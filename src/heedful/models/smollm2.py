@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from heedful.core.errors import ModelError
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models import hub, packages
 from heedful.models.folders import pretrained
 from heedful.models.gguf_weights import from_gguf

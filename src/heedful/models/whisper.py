@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
-from heedful.core.kinds import Loaded
+from heedful.core.kinds.loaded import Loaded
 from heedful.models.ct2_weights import weights_of
 from heedful.models.packages import Packed, depth, making
 

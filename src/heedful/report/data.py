@@ -26,7 +26,7 @@ from heedful.core.figures import (
     head_name,
     shrunk,
 )
-from heedful.core.kinds import Measure
+from heedful.core.kinds.weights import Measure
 from heedful.report.colours import ROLES
 from heedful.report.lit import sources
 from heedful.report.plots import bare

@@ -13,7 +13,7 @@ from typing import Any
 from heedful.catalogue import entries, family
 from heedful.core.figures import Description, counted
 from heedful.core.files import replace_text
-from heedful.core.kinds import Measure
+from heedful.core.kinds.weights import Measure
 from heedful.core.method import Method, method_of
 from heedful.report import data
 from heedful.report.colours import ACCENT, template

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.diagnosis.images import opened, processor_of
 from heedful.looking import PICTURE
 from heedful.tasks._looked import log_share, peaks, stand_for

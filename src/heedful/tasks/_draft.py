@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import takewhile
 
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.tasks.task import Item, Tokenizer
 
 

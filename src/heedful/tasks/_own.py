@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.tasks._draft import Draft, opening
 from heedful.tasks._rows import Asked
 from heedful.tasks.task import Choice, Item, Sheet, Task, Tokenizer, recalled

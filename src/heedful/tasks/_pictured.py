@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.diagnosis.images import opened, processor_of
 from heedful.shown import Shown
 from heedful.tasks._own import Given, OwnChoices, OwnQuestions

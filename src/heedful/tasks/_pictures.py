@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from heedful.adapters.wrapped import device_of
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.files import file_digest
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.diagnosis.images import ENDINGS, opened, pixels_of, processor_of
 from heedful.diagnosis.texts import files_in
 from heedful.explaining.aim import read_by

@@ -17,7 +17,7 @@ from heedful.adapters.wrapped import device_of
 from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
 from heedful.core.figures import percent
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.ranges import PositiveInt, PositiveShare
 from heedful.core.regions import Roles
 from heedful.shown import Drawing, Shown

@@ -12,7 +12,8 @@ import torch
 
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.files import file_digest
-from heedful.core.kinds import Prompt, words_of
+from heedful.core.kinds.loaded import words_of
+from heedful.core.kinds.tokens import Prompt
 from heedful.diagnosis.sounds import asking, extractor_of, writing
 from heedful.diagnosis.texts import files_in, read_text
 from heedful.diagnosis.waves import ENDINGS, read_wave

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.ranges import PositiveInt
 from heedful.tasks._draft import opening
 from heedful.tasks._texts import articles

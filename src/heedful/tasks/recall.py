@@ -8,7 +8,7 @@ from typing import Annotated
 from annotated_types import Ge, Interval
 
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.tasks._draft import Draft, opening
 from heedful.tasks._texts import WORDS
 from heedful.tasks.task import Item, Sheet, Task, Tokenizer, recalled

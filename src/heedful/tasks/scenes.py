@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heedful.adapters.wrapped import device_of
 from heedful.core.errors import RefusedModel
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.looking import THINGS
 from heedful.models.small_denoiser import Denoiser
 from heedful.models.two_things import COLOURS, GROUNDS, HALF, PLACES, SHAPES, SIDE, painted, things

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heedful.core.asked import after_kinds, require_fields
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.shown import Shown, Writing
 from heedful.text_models import ALONE, require_causal
 

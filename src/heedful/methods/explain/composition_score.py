@@ -13,7 +13,7 @@ from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, Head, HeadMap, Listing, head_name
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import HeadWeights, Weights
+from heedful.core.kinds.weights import HeadWeights, Weights
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful.core.entry import FitContext
 from heedful.core.figures import Curves, Description, Finding, HeadMap, head_name
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import HeadWeights, Weights
+from heedful.core.kinds.weights import HeadWeights, Weights
 from heedful.core.paper import Paper
 
 

@@ -15,7 +15,7 @@ from heedful.core.entry import FitContext, Readings
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, HeadMap, Role, head_name, percent
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Weights
+from heedful.core.kinds.weights import Weights
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, PositiveInt, PositiveShare

@@ -15,7 +15,7 @@ from torch import Tensor
 from heedful.core.entry import FitContext
 from heedful.core.figures import Curves, Description, Finding
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Weights
+from heedful.core.kinds.weights import Weights
 from heedful.core.paper import Paper
 from heedful.core.ranges import ProperShare
 

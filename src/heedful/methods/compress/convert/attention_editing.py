@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
-from heedful.core.kinds import Conversion
+from heedful.core.kinds.conversion import Conversion
 from heedful.core.paper import Paper
 
 

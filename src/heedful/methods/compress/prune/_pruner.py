@@ -10,7 +10,7 @@ import torch
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import HeadWeights, Surgery
+from heedful.core.kinds.weights import HeadWeights, Surgery
 from heedful.core.ranges import Share
 from heedful.kit.head_search import Head
 

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from heedful.core.entry import Layer
-from heedful.core.kinds import HeadWeights, Surgery
+from heedful.core.kinds.weights import HeadWeights, Surgery
 from heedful.core.paper import Paper
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError
-from heedful.core.kinds import HeadWeights, Surgery
+from heedful.core.kinds.weights import HeadWeights, Surgery
 
 LETTERS = "qkvo"
 

@@ -9,7 +9,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from heedful.core.entry import Layer
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.kit.rounding import Rounding
 from heedful.methods.compress.quantise._int8 import PAPER
 from heedful.methods.compress.quantise._quantiser import Quantiser

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from heedful.core.entry import FitContext, Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.core.method import Stack
 from heedful.core.paper import Paper
 from heedful.kit.batches import at_least_one

@@ -12,7 +12,8 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
-from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
+from heedful.core.kinds.decode import NOTHING_READ, Decode, Read
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt, Share

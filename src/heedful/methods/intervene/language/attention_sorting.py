@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heedful.core.kinds import Prompt, Reader, Tokens
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, RoleName
 from heedful.methods.intervene.language._documents import _DocumentAttention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from heedful.core.kinds import Prompt, Reader, Tokens
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt, RoleName
 from heedful.methods.intervene.language._documents import _DocumentAttention

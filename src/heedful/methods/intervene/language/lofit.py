@@ -13,7 +13,7 @@ from heedful.core.call import Call
 from heedful.core.entry import FitContext, Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare

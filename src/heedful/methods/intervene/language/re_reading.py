@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt, Reader, Tokens
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, PositiveInt, RoleName
 

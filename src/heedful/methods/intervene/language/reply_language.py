@@ -11,7 +11,7 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.entry import FitContext, Layer
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds.weights import HeadWeights
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.methods.intervene.language._contrast import AddsVector, class_means

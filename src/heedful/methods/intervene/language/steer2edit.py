@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful.core.entry import FitContext, Layer
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import HeadWeights, Surgery
+from heedful.core.kinds.weights import HeadWeights, Surgery
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveFloat, ShareBelowOne
 from heedful.core.sites import Site

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from heedful.core.kinds import NOTHING_READ, Decode, Read
+from heedful.core.kinds.decode import NOTHING_READ, Decode, Read
 from heedful.core.ranges import NonNegativeFloat, Share
 
 PROMPT, LITTLE = "prompt", "little"  # the names of the two runs

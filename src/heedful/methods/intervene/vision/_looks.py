@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.entry import Readings
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads

@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read, Reader
+from heedful.core.kinds.decode import NOTHING_READ, Decode, Read
+from heedful.core.kinds.tokens import Prompt, Reader
 from heedful.core.method import Stack
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeFloat, PositiveShare, Share

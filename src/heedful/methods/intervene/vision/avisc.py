@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.kinds import Decode, Prompt, Reader
+from heedful.core.kinds.decode import Decode
+from heedful.core.kinds.tokens import Prompt, Reader
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveShare, RoleName

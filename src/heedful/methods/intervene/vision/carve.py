@@ -11,7 +11,8 @@ from annotated_types import MinLen
 from torch import Tensor
 
 from heedful.core.errors import FieldError
-from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read, Reader
+from heedful.core.kinds.decode import NOTHING_READ, Decode, Read
+from heedful.core.kinds.tokens import Prompt, Reader
 from heedful.core.method import Stack
 from heedful.core.paper import Paper
 from heedful.core.ranges import Layers, NonNegativeInt, PositiveFloat, PositiveShare

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.method import Stack
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt

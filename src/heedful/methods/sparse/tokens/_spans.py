@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from heedful.core.kinds import Prompt
+from heedful.core.kinds.tokens import Prompt
 from heedful.core.regions import Span
 
 STEEP, BY_LENGTH = 1.2, 0.75  # BM25's usual constants

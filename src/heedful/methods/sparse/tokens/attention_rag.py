@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.entry import Readings
-from heedful.core.kinds import Prompt, Reader, Tokens
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import PositiveInt, RoleName

@@ -9,7 +9,7 @@ from torch.nn.functional import max_pool1d, pad
 from heedful.core.call import Call
 from heedful.core.entry import Readings
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt, Reader, Tokens
+from heedful.core.kinds.tokens import Prompt, Reader, Tokens
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.ranges import NonNegativeInt, PositiveInt
