@@ -64,7 +64,8 @@ def test_every_pair_that_may_meet_is_in_one_part(
     parts = mask.rules[0].parts()
     assert len(parts) == 1 + (before + behind > 0)
     for part in parts:
-        told = (x[0, 0] for x in (part.rows, part.cols, part.keep) if x is not None)
+        keep = part.keep and part.keep(slice(None))
+        told = (x[0, 0] for x in (part.rows, part.cols, keep) if x is not None)
         for rows, cols, *keep in zip(*told, strict=True):
             for (i, row), (j, col) in product(enumerate(rows.tolist()), enumerate(cols.tolist())):
                 if row < n:
