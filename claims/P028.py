@@ -27,13 +27,13 @@ class _Scaled(RectifiedSpaAttn):
     """Heads times the kept blocks' pooled weight, and nothing in the others' place."""
 
     def rectify(self, heads: Tensor, call: Call) -> Tensor:
-        blocks = Pooled(call, self.size)
+        blocks = Pooled(call, self.block)
         weights = blocks.scores.softmax(-1)
         return heads * blocks.rows(weights.masked_fill(~self._kept(weights), 0.0).sum(-1, keepdim=True))
 
 
 WAYS: dict[str, Method] = {
-    "rectified": RectifiedSpaAttn(size=SIZE), "plain": _Plain(size=SIZE), "scaled alone": _Scaled(size=SIZE)
+    "rectified": RectifiedSpaAttn(block=SIZE), "plain": _Plain(block=SIZE), "scaled alone": _Scaled(block=SIZE)
 }  # fmt: skip
 
 

@@ -12,14 +12,14 @@ from heedful.kit.blocks import Grid
 from heedful.methods.sparse.prefill.qada import QAdA
 
 TOKENS = 1024
-METHOD = QAdA(size=32)
+METHOD = QAdA(block=32)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     found, _ = calls(own_text(seed, TOKENS))
     rows: list[dict[str, float]] = []
     for call in found:
-        grid = Grid.of(call, METHOD.size)
+        grid = Grid.of(call, METHOD.block)
         if grid is None:
             raise ValueError(f"layer {call.layer}: the mask is not made of stretches")
         sinks = torch.arange(grid.open.shape[-1]) * grid.size < METHOD.sinks

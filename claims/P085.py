@@ -7,7 +7,7 @@ from claims.ledger import Claim, run
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn
 
 TOKENS = 1024
-METHOD = SpargeAttn(0.9, 0.3, size=32, most=1.0)
+METHOD = SpargeAttn(0.9, 0.3, block=32, most=1.0)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

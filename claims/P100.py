@@ -7,7 +7,7 @@ from claims.ledger import Claim, run
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention
 
 TOKENS = 1024
-METHOD = SampleAttention(0.9, size=32, most=1.0)
+METHOD = SampleAttention(0.9, block=32, most=1.0)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

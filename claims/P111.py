@@ -12,7 +12,7 @@ from claims.ledger import Claim, run
 from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention
 
 TOKENS, SIZE = 1024, 32
-METHOD = AnchorAttention(4.0, 4, size=SIZE)  # at 12 this model's texts stay nearly whole, seen on a text of its own
+METHOD = AnchorAttention(4.0, 4, block=SIZE)  # at 12 this model's texts stay nearly whole, seen on a text of its own
 
 
 class ByBlock(AnchorAttention):
@@ -20,9 +20,9 @@ class ByBlock(AnchorAttention):
 
     def near_enough(self, above: Tensor, sure: Tensor) -> Tensor:
         count = (super().near_enough(above, sure) & ~sure).sum(-1, keepdim=True)
-        best = above.masked_fill(sure, -torch.inf).unflatten(-1, (-1, self.size)).amax(-1)
+        best = above.masked_fill(sure, -torch.inf).unflatten(-1, (-1, self.block)).amax(-1)
         place = best.argsort(dim=-1, descending=True).argsort(dim=-1)
-        return (place < -(-count // self.size)).repeat_interleave(self.size, -1) | sure
+        return (place < -(-count // self.block)).repeat_interleave(self.block, -1) | sure
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
@@ -32,7 +32,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     for call in found[::3]:
         true, row = weights(call), {}
         seen = call.mask.keeps(call.tile(slice(0, TOKENS), slice(0, TOKENS)).pairs)
-        for name, method in (("keys", METHOD), ("blocks", ByBlock(METHOD.theta, METHOD.step, size=SIZE))):
+        for name, method in (("keys", METHOD), ("blocks", ByBlock(METHOD.theta, METHOD.step, block=SIZE))):
             kept = pairs(method, call)
             row[f"weight kept, {name}"] = float((true * kept).sum(-1).mean())
             row[f"pairs, {name}"] = float(kept.sum() / seen.expand_as(kept).sum()) if seen is not None else 1.0

@@ -26,9 +26,9 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     inputs = text(seed, TOKENS)
     found, dense = calls(inputs)
     ways = {
-        "tree": HiP(KEEP, 2, WINDOW, SINKS, size=SIZE),
-        "window": HiP(2, 2, WINDOW + KEEP, SINKS, size=SIZE),
-        "blind tree": Blind(KEEP, 2, WINDOW, SINKS, size=SIZE),
+        "tree": HiP(KEEP, 2, WINDOW, SINKS, block=SIZE),
+        "window": HiP(2, 2, WINDOW + KEEP, SINKS, block=SIZE),
+        "blind tree": Blind(KEEP, 2, WINDOW, SINKS, block=SIZE),
     }
     rows: list[dict[str, float]] = []
     for call in found[::3]:

@@ -13,7 +13,7 @@ from heedful.methods import S2Attention
 
 STEPS = 400
 HEADS = 4
-SHARDS = S2Attention(size=4, local=2, stride=HEADS)
+SHARDS = S2Attention(block=4, local=2, stride=HEADS)
 
 
 class _OneShard(Method):
@@ -24,7 +24,7 @@ class _OneShard(Method):
     @at(Site.MASK)
     def narrow(self, mask: Mask, call: Call) -> Mask:
         def sees(q: Tensor, k: Tensor) -> Tensor:
-            q, k = q // SHARDS.size, k // SHARDS.size
+            q, k = q // SHARDS.block, k // SHARDS.block
             return (q - k < SHARDS.local) | (k % SHARDS.stride == 0)
 
         return mask & Where(sees)
@@ -43,7 +43,7 @@ CLAIM = Claim(
     says="Heads with shards of their own, which together are the whole context, are as good as full attention.",
     paper_number="perfect needle retrieval over 32K tokens; quality on par with default attention",
     setup=f"A one-layer model of {HEADS} heads told {PAIRS} pairs of a key and one of {VALUES} values, one a token, "
-    f"and asked for {ASKED} of them; {STEPS} steps with full attention, with blocks of {SHARDS.size} of which each "
+    f"and asked for {ASKED} of them; {STEPS} steps with full attention, with blocks of {SHARDS.block} of which each "
     f"head sees the last {SHARDS.local} and one in {SHARDS.stride}, and, as a control, with one shard for all heads. "
     "Share of fresh questions answered rightly.",
     effect="share of what full attention recalls beyond one shard that shards of their own recall",

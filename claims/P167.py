@@ -14,7 +14,7 @@ from heedful.kit.blocks import Grid, means
 from heedful.methods.sparse.prefill.seer_attention import SeerAttention
 
 TOKENS, WORDS, LEARNED = 512, 450, 4  # of a text, and so many texts to learn from
-METHOD = SeerAttention(share=0.3, last=0, size=16, most=1.0, steps=150)
+METHOD = SeerAttention(share=0.3, last=0, block=16, most=1.0, steps=150)
 
 
 def tokens(words: str) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ CLAIM = Claim(
     "nobody taught.",
     paper_number="90 % of the pairs left out at 32k tokens with little loss of perplexity, 5.67 x FlashAttention-2",
     setup=f"SmolLM2-135M, a text of {TOKENS} tokens a seed, gates taught on {LEARNED} texts of other topics, "
-    f"{METHOD.steps} steps; every layer's own queries and keys, blocks of {METHOD.size}, {METHOD.share:.0%} of the "
+    f"{METHOD.steps} steps; every layer's own queries and keys, blocks of {METHOD.block}, {METHOD.share:.0%} of the "
     "pairs of blocks: relative L1 error of the heads, against as many blocks a row by the product of block means, and "
     "against the first block and a window with at least as many",
     effect="error of the better of block means, and sinks and window, minus error",

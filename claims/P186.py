@@ -7,7 +7,7 @@ from claims.ledger import Claim, run
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill
 
 TOKENS = 1024
-METHOD = FlexPrefill(0.9, 0.1, 128, size=32, most=1.0)
+METHOD = FlexPrefill(0.9, 0.1, 128, block=32, most=1.0)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

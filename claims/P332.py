@@ -10,7 +10,7 @@ from heedful import fit
 from heedful.methods.sparse.prefill.hylra import HyLRA
 
 TOKENS = 512
-METHOD = HyLRA(0.25, whole=8 / 30, size=32, most=1.0)
+METHOD = HyLRA(0.25, whole=8 / 30, block=32, most=1.0)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -67,7 +67,7 @@ def calls(inputs: dict[str, Any]) -> tuple[list[Call], float]:
 
 def chosen(method: BlockSparse, call: Call) -> tuple[Grid, Tensor]:
     """The grid of a call and the blocks of each head `[1 h n m]` that a method computes."""
-    grid = Grid.of(call, method.size)
+    grid = Grid.of(call, method.block)
     if grid is None:
         raise ValueError(f"layer {call.layer}: the mask is not made of stretches")
     table = method.choose(grid)

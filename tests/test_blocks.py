@@ -239,7 +239,7 @@ def test_blocks_for_some_heads_stay_blocks() -> None:
     assert torch.equal(rule.keeps(pairs), OnHeads(Blocks(table, 4), (0, 2), 4).keeps(pairs))
     model = models.tiny("llama")
     inputs = models.tiny_inputs(model, length=100)
-    part = SpargeAttn(0.3, -1.0, size=32, most=1.0).on(heads=[0, 3])
+    part = SpargeAttn(0.3, -1.0, block=32, most=1.0).on(heads=[0, 3])
     with torch.no_grad(), attach(model, part, backend="native") as run:
         found = run(**inputs).logits
     with torch.no_grad(), attach(model, part, backend="reference") as run:
@@ -283,7 +283,7 @@ class Same(Method):
 def test_kernels_skip_what_is_chosen(name: str, shape: Shape) -> None:
     kind = Lent if name == "HyLRA" else find(name)
     assert issubclass(kind, BlockSparse)
-    method = kind(**SETTINGS.get(name, {}), size=32, most=1.0)
+    method = kind(**SETTINGS.get(name, {}), block=32, most=1.0)
     bare = Bare(shape)
     wanted, _ = bare.run(method, "reference")
     assert close(bare.run(method, "native")[0], wanted)
@@ -319,7 +319,7 @@ def test_what_stays_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "HyLRA"])
-@pytest.mark.parametrize(("field", "value"), [("size", 0), ("most", 1.5)])
+@pytest.mark.parametrize(("field", "value"), [("block", 0), ("most", 1.5)])
 def test_wrong_fields_are_refused(name: str, field: str, value: float) -> None:
     with pytest.raises(FieldError, match=rf"{name}\.{field}"):
         find(name)(**{field: value})

@@ -48,7 +48,7 @@ def found(bare: Bare, method: AnchorAttention) -> Tensor:
 @pytest.mark.parametrize("text", [None, PADDED], ids=["plain", "padded"])
 def test_the_formula(size: int, step: int, theta: float, text: Tensor | None) -> None:
     bare = Bare(text=text)
-    kept = found(bare, AnchorAttention(theta, step, size=size))
+    kept = found(bare, AnchorAttention(theta, step, block=size))
     for b, pad in enumerate((0, 0 if text is None else 5)):
         for h in range(4):
             wanted = by_loops(bare.q[b, h, pad:], bare.k[b, h // 2, pad:], size, step, theta)
@@ -58,7 +58,7 @@ def test_the_formula(size: int, step: int, theta: float, text: Tensor | None) ->
 
 def test_a_later_chunk_counts_its_groups_from_its_first_query() -> None:
     bare = Bare(Shape(q=9, k=25))
-    kept = found(bare, AnchorAttention(-0.5, 2, size=2))
+    kept = found(bare, AnchorAttention(-0.5, 2, block=2))
     for h in range(4):
         assert torch.equal(kept[0, h], by_loops(bare.q[0, h], bare.k[0, h // 2], 2, 2, -0.5))
 
@@ -66,10 +66,10 @@ def test_a_later_chunk_counts_its_groups_from_its_first_query() -> None:
 def test_a_narrower_mask_hides_keys_from_the_anchor() -> None:
     """With a window of one token a query's anchor is its own key's score, and what it may not see stays unseen."""
     bare = Bare(Shape(b=1, h=1, g=1), rules=(Causal(), Window(1)))
-    kept = found(bare, AnchorAttention(0.0, 1, size=2))
+    kept = found(bare, AnchorAttention(0.0, 1, block=2))
     assert torch.equal(kept[0, 0], torch.eye(19, dtype=torch.bool))
     wide = Bare(Shape(b=1, h=1, g=1), rules=(Causal(), Window(6)))
-    kept, q, k = found(wide, AnchorAttention(0.0, 1, size=2)), wide.q[0, 0], wide.k[0, 0]
+    kept, q, k = found(wide, AnchorAttention(0.0, 1, block=2)), wide.q[0, 0], wide.k[0, 0]
     scores = q @ k.T * 8**-0.5
     for block in range(0, 18, 2):
         anchors = [max(float(scores[i, j]) for j in range(max(0, i - 5), i + 1) if j < 2 or j >= block)
@@ -83,7 +83,7 @@ def test_a_narrower_mask_hides_keys_from_the_anchor() -> None:
 def test_keys_that_are_seen_in_two_stretches() -> None:
     """The first two keys and the last three: what lies between is no anchor, though it may score higher."""
     bare = Bare(Shape(b=1, h=1, g=1), rules=(Causal(), First(2) | Window(3)))
-    kept, q, k = found(bare, AnchorAttention(0.0, 1, size=4)), bare.q[0, 0], bare.k[0, 0]
+    kept, q, k = found(bare, AnchorAttention(0.0, 1, block=4)), bare.q[0, 0], bare.k[0, 0]
     scores = q @ k.T * 8**-0.5
     for block in range(0, 19, 4):
         rows = range(block, min(block + 4, 19))
@@ -101,17 +101,17 @@ def test_a_key_at_the_edge_is_near_enough() -> None:
 
 
 def test_a_short_text_is_left_as_it_is() -> None:
-    method = AnchorAttention(step=2, size=4)
-    told = "the first block and a group of queries hold 12 tokens, and the text has 12: a smaller size would act"
+    method = AnchorAttention(step=2, block=4)
+    told = "the first block and a group of queries hold 12 tokens, and the text has 12: a smaller block would act"
     assert method.rests(12) == told
     assert method.rests(13) is None
     bare = Bare(Shape(q=12, k=12))
     assert method.narrow(bare.call.mask, call_of(bare)) is bare.call.mask
-    assert AnchorAttention(size=12).idle(bare.call)
-    assert not AnchorAttention(size=11).idle(bare.call)
+    assert AnchorAttention(block=12).idle(bare.call)
+    assert not AnchorAttention(block=11).idle(bare.call)
 
 
-@pytest.mark.parametrize("settings", [{"step": 0}, {"size": 0}])
+@pytest.mark.parametrize("settings", [{"step": 0}, {"block": 0}])
 def test_wrong_fields_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(FieldError, match=f"AnchorAttention.{next(iter(settings))} = 0: must be 1 or more"):
         AnchorAttention(**settings)

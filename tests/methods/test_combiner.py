@@ -120,7 +120,7 @@ def test_the_start_and_errors() -> None:
         assert 0.12 < float(net.max()) <= 0.125
         assert -0.125 <= float(net.min()) < -0.12
     assert not torch.equal(p["query"], p["key"])
-    with pytest.raises(FieldError, match=r"Combiner.size = 0: must be 1 or more"):
+    with pytest.raises(FieldError, match=r"Combiner.block = 0: must be 1 or more"):
         Combiner(0)
     bare = Bare(dtype=torch.float64)
     index = torch.tensor([[list(range(1, 20))]])

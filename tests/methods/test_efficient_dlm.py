@@ -90,7 +90,7 @@ def test_an_encoder_decoders_source_is_left_alone() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(FieldError, match=r"EfficientDLM.size = 0: must be 1 or more"):
+    with pytest.raises(FieldError, match=r"EfficientDLM.block = 0: must be 1 or more"):
         EfficientDLM(0)
     with pytest.raises(FieldError, match=r"EfficientDLM.noisy = '': must name a role"):
         EfficientDLM(noisy="")

@@ -49,7 +49,7 @@ def _vertical_slash(rows: Tensor, size: int, gamma: float, least: int) -> Tensor
 @TEXTS
 def test_vertical_and_slash(gamma: float, least: int, text: Tensor | None) -> None:
     bare = bare_of(text)
-    method = FlexPrefill(gamma, 0.0, least, size=4, most=1.0)
+    method = FlexPrefill(gamma, 0.0, least, block=4, most=1.0)
     (rule,) = method.skip(bare.call.mask, call_of(bare)).blocks
     for b, pad in enumerate((0, 0 if text is None else 5)):
         for h, rows in enumerate(true_map(bare, b)):
@@ -60,7 +60,7 @@ def test_vertical_and_slash(gamma: float, least: int, text: Tensor | None) -> No
 
 def test_a_later_call_has_its_slashes_where_its_own_keys_are() -> None:
     bare = Bare(Shape(b=1, q=8, k=24))
-    (rule,) = FlexPrefill(0.7, 0.0, 0, size=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
+    (rule,) = FlexPrefill(0.7, 0.0, 0, block=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
     for h, rows in enumerate(true_map(bare, 0)):
         seen = torch.ones(6, 6).tril().bool()[4:]
         assert torch.equal(rule.table[0, h] & seen, _vertical_slash(rows[-4:], 4, 0.7, 0)[4:]), h
@@ -120,7 +120,7 @@ def test_heads_that_block_means_predict_go_by_them(padded: bool, least: int) -> 
     apart = {at: _apart(*part, size) for at, part in parts.items()}
     low, high = sorted(apart.values())[3:5]
     assert low < 0.9 * high
-    method = FlexPrefill(gamma, (low + high) / 2, least, size=size, most=1.0)
+    method = FlexPrefill(gamma, (low + high) / 2, least, block=size, most=1.0)
     (rule,) = method.skip(bare.call.mask, call_of(bare)).blocks
     for (b, h), (rows, q, k) in parts.items():
         if apart[b, h] < method.tau:  # of vertical and slash only the least is left
@@ -134,15 +134,15 @@ def test_heads_that_block_means_predict_go_by_them(padded: bool, least: int) -> 
 def test_texts_of_two_blocks_and_of_the_least_stay_whole() -> None:
     for tokens, least, whole in ((8, 0, True), (9, 0, False), (12, 12, True), (13, 12, False)):
         bare = Bare(Shape(b=1, q=tokens, k=tokens))
-        table = FlexPrefill(0.01, 0.0, least, size=4).choose(grid_of(bare, 4))
+        table = FlexPrefill(0.01, 0.0, least, block=4).choose(grid_of(bare, 4))
         assert table is not None
         assert bool(table.all()) == whole, tokens
 
 
 def test_short_texts_and_maps_that_are_not_causal_stay_dense() -> None:
     bare = Bare()
-    assert FlexPrefill(0.3, size=4, most=0.99).skip(bare.call.mask, call_of(bare)) is bare.call.mask
-    assert FlexPrefill(0.3, 0.1, 0, size=10, most=0.99).skip(bare.call.mask, call_of(bare)) is bare.call.mask
+    assert FlexPrefill(0.3, block=4, most=0.99).skip(bare.call.mask, call_of(bare)) is bare.call.mask
+    assert FlexPrefill(0.3, 0.1, 0, block=10, most=0.99).skip(bare.call.mask, call_of(bare)) is bare.call.mask
     everything = Mask()
     assert FlexPrefill.example().skip(everything, call_of(bare)) is everything
 
@@ -168,7 +168,7 @@ def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
 
 
 def test_a_short_text_is_left_whole_and_told_so() -> None:
-    told = "there is room for {0} tokens, and the text has {0}: a smaller least, or size, would act"
-    for method, most in ((FlexPrefill(least=9, size=4), 9), (FlexPrefill(least=7, size=4), 8)):
+    told = "there is room for {0} tokens, and the text has {0}: a smaller least, or block, would act"
+    for method, most in ((FlexPrefill(least=9, block=4), 9), (FlexPrefill(least=7, block=4), 8)):
         assert method.rests(most) == told.format(most)
         assert method.rests(most + 1) is None

@@ -14,11 +14,11 @@ from heedful.methods.sparse.prefill.hip import HiP
 from tests.test_blocks import LONG, call_of
 
 
-def search(q: Tensor, k: Tensor, keep: int, block: int) -> list[int]:
+def search(q: Tensor, k: Tensor, keep: int, leaf: int) -> list[int]:
     """The keys that one block of queries `[n d]` chooses among `k [m d]`, which lies before its window."""
     if len(k) <= keep:
         return list(range(len(k)))
-    leaves, nodes = math.ceil(len(k) / block), keep // block
+    leaves, nodes = math.ceil(len(k) / leaf), keep // leaf
     branches = [(leaves * i // nodes, leaves * (i + 1) // nodes) for i in range(nodes)]
     size = leaves / nodes
     while size > 1:
@@ -26,22 +26,22 @@ def search(q: Tensor, k: Tensor, keep: int, block: int) -> list[int]:
         for start, stop in branches:
             middle = start + (stop - start) // 2
             halves += [(a, b) for a, b in ((start, middle), (middle, stop)) if a < b]
-        halves.sort(key=lambda x: -max(float(a @ b) for a in q for b in k[x[0] * block : (x[0] + 1) * block]))
+        halves.sort(key=lambda x: -max(float(a @ b) for a in q for b in k[x[0] * leaf : (x[0] + 1) * leaf]))
         branches = halves[:nodes]
         size /= 2
-    return [j for start, _ in branches for j in range(start * block, (start + 1) * block)]
+    return [j for start, _ in branches for j in range(start * leaf, (start + 1) * leaf)]
 
 
 def by_loops(q: Tensor, k: Tensor, method: HiP) -> Tensor:
     """One head of one causal text: queries `[n d]` are the last of the keys `[m d]`."""
     n, ahead = len(q), len(k) - len(q)
     table = torch.zeros(n, len(k), dtype=torch.bool)
-    for start in range(0, n, method.size):
-        stop = min(start + method.size, n)
+    for start in range(0, n, method.block):
+        stop = min(start + method.block, n)
         far = max(0, ahead + stop - method.window)
-        # a block of keys may reach into the window
-        chosen = search(q[start:stop], k[: far + -far % method.block] if far > method.keep else k[:far], method.keep,
-                        method.block)  # fmt: skip
+        # a leaf may reach into the window
+        chosen = search(q[start:stop], k[: far + -far % method.leaf] if far > method.keep else k[:far], method.keep,
+                        method.leaf)  # fmt: skip
         for i in range(start, stop):
             for j in range(ahead + i + 1):
                 table[i, j] = j in chosen or j >= far or j < method.sinks
@@ -56,10 +56,10 @@ def found(bare: Bare, method: HiP) -> Tensor:
 
 
 METHODS = [
-    HiP(keep=8, block=2, window=4, sinks=1, size=3),
-    HiP(keep=4, block=1, window=0, sinks=0, size=5),
-    HiP(keep=12, block=4, window=16, sinks=2, size=16),
-    HiP(keep=1, block=1, window=2, sinks=0, size=1),
+    HiP(keep=8, leaf=2, window=4, sinks=1, block=3),
+    HiP(keep=4, leaf=1, window=0, sinks=0, block=5),
+    HiP(keep=12, leaf=4, window=16, sinks=2, block=16),
+    HiP(keep=1, leaf=1, window=2, sinks=0, block=1),
 ]
 
 
@@ -89,7 +89,7 @@ def test_a_tree_finds_the_best_key_where_its_branch_looks_alike() -> None:
     bare.q = torch.ones_like(bare.q)
     bare.k = torch.zeros_like(bare.k)
     bare.k[:, :, 40:48] = 1.0
-    kept = found(bare, HiP(keep=8, block=1, window=1, sinks=0, size=1))
+    kept = found(bare, HiP(keep=8, leaf=1, window=1, sinks=0, block=1))
     assert kept[0, 0, 64].nonzero().flatten().tolist() == [*range(40, 48), 64]
 
 
@@ -99,7 +99,7 @@ def test_the_last_key_is_found_too() -> None:
     bare.q = torch.ones_like(bare.q)
     bare.k = torch.zeros_like(bare.k)
     bare.k[:, :, [32, 48, 56, 60, 62, 63, 64]] = torch.arange(1.0, 8.0)[:, None]
-    kept = found(bare, HiP(keep=1, block=1, window=0, sinks=0, size=1))
+    kept = found(bare, HiP(keep=1, leaf=1, window=0, sinks=0, block=1))
     assert kept[0, 0, 64].nonzero().flatten().tolist() == [64]
 
 
@@ -114,12 +114,12 @@ def test_a_short_text_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"block": 0}, r"HiP\.block = 0: must be 1"),
-        ({"keep": 5}, r"HiP\.keep = 5: must be a multiple of the block of 2 keys.*4"),
+        ({"leaf": 0}, r"HiP\.leaf = 0: must be 1"),
+        ({"keep": 5}, r"HiP\.keep = 5: must be a multiple of the leaf of 2 keys.*4"),
         ({"keep": 0}, r"HiP\.keep = 0.*2"),
         ({"window": -1}, r"HiP\.window.*256"),
         ({"sinks": -1}, r"HiP\.sinks.*16"),
-        ({"size": 0}, r"HiP\.size"),
+        ({"block": 0}, r"HiP\.block"),
     ],
 )
 def test_wrong_fields_are_refused(settings: dict[str, int], match: str) -> None:

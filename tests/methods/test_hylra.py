@@ -42,7 +42,7 @@ def test_the_map_is_that_of_some_true_rows() -> None:
 
 def test_a_layer_sees_what_the_full_one_before_it_chose() -> None:
     bare = Bare()
-    method = HyLRA(0.4, (1,), size=4, most=1.0)
+    method = HyLRA(0.4, (1,), block=4, most=1.0)
     call = replace(call_of(bare), depth=4)
     assert method.skip(call.mask, call) is call.mask  # nobody has chosen yet
     full = replace(call, layer=1)
@@ -65,7 +65,7 @@ def test_nothing_is_lent_between_unlike_masks(kind: str) -> None:
     one, other = (replace(call_of(x), layer=i, depth=4) for i, x in enumerate((narrow, whole)))
     other = replace(other, state=one.state)
     if kind == "run":
-        method = HyLRA(0.4, (0,), size=4, most=1.0)
+        method = HyLRA(0.4, (0,), block=4, most=1.0)
         method.skip(one.mask, one)
         assert method.skip(other.mask, other) is other.mask
         alike = replace(one, layer=2)
@@ -81,7 +81,7 @@ def test_nothing_is_lent_between_unlike_masks(kind: str) -> None:
 def test_a_fit_finds_the_layers_that_lose_least() -> None:
     model = models.tiny("llama", num_hidden_layers=4)
     inputs = models.tiny_inputs(model, length=40)
-    method = fit(HyLRA(0.3, whole=0.5, size=8, most=1.0), model, [inputs])
+    method = fit(HyLRA(0.3, whole=0.5, block=8, most=1.0), model, [inputs])
     assert method.full is not None
     assert len(method.full) == 2
     assert method.full[0] == 0

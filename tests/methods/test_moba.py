@@ -110,13 +110,13 @@ def test_what_it_leaves_alone() -> None:
 
 
 def test_fields() -> None:
-    assert (MoBA().size, MoBA().blocks) == (512, 3)
+    assert (MoBA().block, MoBA().blocks) == (512, 3)
     assert MoBA.example() == MoBA(4, 2)
-    with pytest.raises(FieldError, match=r"size = 0: must be 1 or more"):
+    with pytest.raises(FieldError, match=r"block = 0: must be 1 or more"):
         MoBA(0)
     with pytest.raises(FieldError, match=r"blocks = 0: must be 1 or more"):
         MoBA(4, 0)
-    assert MoBA(1, 1).size == 1
+    assert MoBA(1, 1).block == 1
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 9])

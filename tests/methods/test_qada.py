@@ -30,7 +30,7 @@ def _share(q: Tensor, keys: Tensor, near: Tensor, far: Tensor) -> float:
 @pytest.mark.parametrize("text", [None, PADDED], ids=["plain", "padded"])
 @pytest.mark.parametrize("shape", [Shape(), Shape(q=9)], ids=["prompt", "chunk"])
 def test_the_formula(text: Tensor | None, shape: Shape) -> None:
-    bare, method = Bare(shape, text=text), QAdA(0.5, 3, 2, size=4, most=1.0)
+    bare, method = Bare(shape, text=text), QAdA(0.5, 3, 2, block=4, most=1.0)
     grid = grid_of(bare, 4)
     sinks = torch.arange(grid.open.shape[-1]) * 4 < 2
     near_blocks = (grid.band(3) | sinks) & grid.open
@@ -56,8 +56,8 @@ def test_the_formula(text: Tensor | None, shape: Shape) -> None:
 
 def test_all_or_none_are_local() -> None:
     bare = Bare()
-    assert QAdA(1.0, 3, 2, size=4, most=0.99).skip(bare.call.mask, call_of(bare)) is bare.call.mask
-    (rule,) = QAdA(0.0, 3, 0, size=4, most=0.99).skip(bare.call.mask, call_of(bare)).blocks
+    assert QAdA(1.0, 3, 2, block=4, most=0.99).skip(bare.call.mask, call_of(bare)) is bare.call.mask
+    (rule,) = QAdA(0.0, 3, 0, block=4, most=0.99).skip(bare.call.mask, call_of(bare)).blocks
     assert torch.equal(rule.table[0, 0], torch.ones(5, 5).tril().triu(-1).bool())
 
 
@@ -74,7 +74,7 @@ def test_far_keys_are_taken_for_gaussian(count: int) -> None:
     grid = grid_of(bare, 1)
     far = torch.zeros(1, 1, 19, 19, dtype=torch.bool)
     far[..., 10, 2 : 2 + count] = True
-    found = QAdA(size=1).far_mass(grid, far)
+    found = QAdA(block=1).far_mass(grid, far)
     for b in range(2):
         for h in range(4):
             scores = [float(bare.q[b, h, 10] @ bare.k[b, h // 2, j]) / 8**0.5 for j in range(2, 2 + count)]

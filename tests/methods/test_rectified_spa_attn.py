@@ -132,7 +132,7 @@ def test_where_plain_attention_stays_and_what_cannot_be() -> None:
     assert not RectifiedSpaAttn().idle(call)
     assert RectifiedSpaAttn(1.0).idle(call)
     assert RectifiedSpaAttn().idle(replace(call, mask=Mask((Causal(),))))
-    for field, value in (("least", -0.1), ("least", 1.1), ("mass", -0.1), ("mass", 1.0), ("size", 0)):
+    for field, value in (("least", -0.1), ("least", 1.1), ("mass", -0.1), ("mass", 1.0), ("block", 0)):
         with pytest.raises(FieldError, match=rf"RectifiedSpaAttn\.{field} = {value}"):
             RectifiedSpaAttn(**{field: value})
     assert RectifiedSpaAttn() == RectifiedSpaAttn(0.25, 0.3, 128)

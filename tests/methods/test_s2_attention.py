@@ -20,7 +20,7 @@ from heedful.methods import S2Attention
 
 def sees(i: int, j: int, group: int, heads: int, method: S2Attention) -> bool:
     """Whether the query at place i of a head of this group computes the key at place j."""
-    query, key = i // method.size, j // method.size
+    query, key = i // method.block, j // method.block
     step = max(1, int(method.stride / heads))
     return j <= i and (query - key < method.local or (key + group * step) % method.stride == 0)
 
@@ -53,8 +53,8 @@ def test_each_group_of_heads_sees_its_window_and_its_shard(
     mask = method.narrow(bare.call.mask, bare.call)
     assert isinstance(mask.rules[-1], Blocks)
     if not any(pads):
-        begins = (23 - rows) // method.size
-        assert mask.rules[-1].table.shape == (1, 4, 22 // method.size + 1 - begins, 22 // method.size + 1)
+        begins = (23 - rows) // method.block
+        assert mask.rules[-1].table.shape == (1, 4, 22 // method.block + 1 - begins, 22 // method.block + 1)
     keep = mask.keeps(tile(bare.call).pairs)
     assert keep is not None
     want = expected(bare.call, pads, method) & text[:, None, None]
@@ -113,7 +113,7 @@ def test_the_cache_keeps_what_a_later_token_may_see() -> None:
             later = any(sees(i, j, g, 4, method) for i in range(23, 80))
             assert not later or kept[0, g, j]
             if kept[0, g, j] and not later:
-                assert j >= 23 - method.local * method.size  # in a block that the window has half left
+                assert j >= 23 - method.local * method.block  # in a block that the window has half left
     assert [int(x) for x in kept[0].sum(-1)] == [sum(j // 3 % 4 == 0 or j > 17 for j in range(23)),
                                                  sum((j // 3 + 1) % 4 == 0 or j > 17 for j in range(23))]  # fmt: skip
 
@@ -146,10 +146,10 @@ def test_what_it_leaves_alone() -> None:
 
 
 def test_fields() -> None:
-    assert (S2Attention().size, S2Attention().local, S2Attention().stride) == (64, 16, 8)
+    assert (S2Attention().block, S2Attention().local, S2Attention().stride) == (64, 16, 8)
     assert S2Attention.example() == S2Attention(2, 1, 3)
     assert S2Attention.neutral().stride == 1
-    with pytest.raises(FieldError, match=r"size = 0: must be 1 or more"):
+    with pytest.raises(FieldError, match=r"block = 0: must be 1 or more"):
         S2Attention(0)
     with pytest.raises(FieldError, match=r"local = 0: must be 1 or more"):
         S2Attention(2, 0)

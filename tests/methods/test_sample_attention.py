@@ -39,7 +39,7 @@ def _by_loops(weights: Tensor, ahead: int, alpha: float, step: int, window: floa
 @TEXTS
 def test_the_rule(alpha: float, rows: float, window: float, text: Tensor | None) -> None:
     bare = bare_of(text)
-    (rule,) = SampleAttention(alpha, rows, window, size=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
+    (rule,) = SampleAttention(alpha, rows, window, block=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
     for b, pad in enumerate((0, 0 if text is None else 5)):
         for h, weights in enumerate(true_map(bare, b)):
             wanted = _by_loops(weights[pad:, pad:], 0, alpha, round(1 / rows), window)
@@ -49,7 +49,7 @@ def test_the_rule(alpha: float, rows: float, window: float, text: Tensor | None)
 
 def test_a_later_call_sees_the_cache() -> None:
     bare = Bare(Shape(b=1, q=8, k=24))
-    (rule,) = SampleAttention(0.4, 0.5, 0.4, size=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
+    (rule,) = SampleAttention(0.4, 0.5, 0.4, block=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
     for h, weights in enumerate(true_map(bare, 0)):
         assert torch.equal(rule.table[0, h], _by_loops(weights, 16, 0.4, 2, 0.4)), h
 

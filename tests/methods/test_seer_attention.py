@@ -99,7 +99,7 @@ def fitted(gate: Tensor) -> Fitted:
 @pytest.mark.parametrize("threshold", [0.1, 0.3])
 @pytest.mark.parametrize("last", [0, 1])
 def test_blocks_above_a_threshold(text: Tensor | None, threshold: float, last: int) -> None:
-    bare, table = tables(SeerAttention(threshold, last=last, gates=fitted(gates()), size=SIZE, most=1.0), text)
+    bare, table = tables(SeerAttention(threshold, last=last, gates=fitted(gates()), block=SIZE, most=1.0), text)
     for b, pad in enumerate((0, 0 if text is None else 5)):
         for head in range(4):
             scores = by_loops(bare, b, pad, head, gates(), rotary=False)
@@ -114,7 +114,7 @@ def test_blocks_above_a_threshold(text: Tensor | None, threshold: float, last: i
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_a_share_of_all_pairs(text: Tensor | None, share: float) -> None:
     """A share s of the triangle is the share 1 - sqrt(1 - s) of each row."""
-    bare, table = tables(SeerAttention(share=share, last=0, gates=fitted(gates()), size=SIZE, most=1.0), text)
+    bare, table = tables(SeerAttention(share=share, last=0, gates=fitted(gates()), block=SIZE, most=1.0), text)
     for b, pad in enumerate((0, 0 if text is None else 5)):
         for head in range(4):
             scores = by_loops(bare, b, pad, head, gates(), rotary=False)
@@ -128,7 +128,7 @@ def test_a_share_of_all_pairs(text: Tensor | None, share: float) -> None:
 
 def test_a_text_that_needs_most_blocks_stays_dense_and_short_ones_end_dense() -> None:
     bare = bare_of(None)
-    for method in (SeerAttention(0.0, seed=0, size=SIZE), SeerAttention(1.0, last=5, seed=0, size=SIZE)):
+    for method in (SeerAttention(0.0, seed=0, block=SIZE), SeerAttention(1.0, last=5, seed=0, block=SIZE)):
         assert method.skip(bare.call.mask, call_of(bare)) is bare.call.mask
     assert not SeerAttention(0.0, seed=0).idle(bare.call)
     later = Bare(Shape(q=8, k=19)).call
@@ -177,7 +177,7 @@ def test_the_first_step_of_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         llama_states(model, ids, attend)
     steps = Steps(monkeypatch)
-    found = fit(SeerAttention(size=SIZE, steps=3, rate=0.1), model, [{"input_ids": ids}])
+    found = fit(SeerAttention(block=SIZE, steps=3, rate=0.1), model, [{"input_ids": ids}])
     assert steps.settings == [{"lr": 0.1, "weight_decay": 0.0}] * 2
     falls = [(1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]
     assert steps.rates == pytest.approx([0.1 * (step + 1) / 20 * fall for step, fall in enumerate(falls)] * 2)
@@ -215,7 +215,7 @@ def test_the_rate_rises_to_its_height_and_no_further(monkeypatch: pytest.MonkeyP
     model = models.tiny("llama", num_hidden_layers=1)
     steps = Steps(monkeypatch)
     ids = torch.randint(3, 100, (1, LONG), generator=torch.Generator().manual_seed(0))
-    fit(SeerAttention(size=SIZE, steps=25), model, [{"input_ids": ids}])
+    fit(SeerAttention(block=SIZE, steps=25), model, [{"input_ids": ids}])
     wanted = [1e-3 * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / 25)) / 2 for step in range(25)]
     assert steps.rates == pytest.approx(wanted)
 
@@ -234,7 +234,7 @@ def test_texts_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.tiny("llama", num_hidden_layers=1)
     texts = [torch.randint(3, 100, (1, LONG), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     steps = Steps(monkeypatch)
-    fit(SeerAttention(size=SIZE, steps=4, rate=1e-12, seed=7), model, [{"input_ids": ids} for ids in texts])
+    fit(SeerAttention(block=SIZE, steps=4, rate=1e-12, seed=7), model, [{"input_ids": ids} for ids in texts])
     (a,), (b,), (c,), (d,) = steps.grads
     assert close(a, c)
     assert close(b, d)

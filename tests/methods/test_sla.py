@@ -116,7 +116,7 @@ def test_where_plain_attention_stays() -> None:
 
 
 def test_what_cannot_be() -> None:
-    for field, value in (("exact", 0.0), ("exact", 1.1), ("skipped", -0.1), ("skipped", 1.1), ("size", 0)):
+    for field, value in (("exact", 0.0), ("exact", 1.1), ("skipped", -0.1), ("skipped", 1.1), ("block", 0)):
         with pytest.raises(FieldError, match=rf"SLA\.{field} = {value}"):
             SLA(**{field: value})
     assert SLA() == SLA(0.05, 0.1, 64, 0.0)

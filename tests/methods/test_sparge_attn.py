@@ -43,7 +43,7 @@ def _by_loops(q: Tensor, k: Tensor, size: int, tau: float, alike: float, sink: b
 @pytest.mark.parametrize("text", [None, PADDED], ids=["plain", "padded"])
 def test_the_formula(tau: float, alike: float, sink: bool, text: Tensor | None) -> None:
     bare = Bare(text=text)
-    method = SpargeAttn(tau, alike, sink, size=4, most=1.0)
+    method = SpargeAttn(tau, alike, sink, block=4, most=1.0)
     (rule,) = method.skip(bare.call.mask, call_of(bare)).blocks
     for b, pad in enumerate((0, 0 if text is None else 5)):
         for h in range(4):
@@ -54,12 +54,12 @@ def test_the_formula(tau: float, alike: float, sink: bool, text: Tensor | None) 
 
 def test_all_of_the_weight_is_every_block() -> None:
     bare = Bare()
-    assert SpargeAttn(1.0, -1.0, size=4, most=0.99).skip(bare.call.mask, call_of(bare)) is bare.call.mask
+    assert SpargeAttn(1.0, -1.0, block=4, most=0.99).skip(bare.call.mask, call_of(bare)) is bare.call.mask
 
 
 def test_a_group_of_heads_is_not_one_head() -> None:
     bare = Bare(Shape(q=40, k=40))
-    table = SpargeAttn(0.5, -1.0, size=4).choose(grid_of(bare, 4))
+    table = SpargeAttn(0.5, -1.0, block=4).choose(grid_of(bare, 4))
     assert not torch.equal(table[:, 0], table[:, 1])
 
 

@@ -226,8 +226,8 @@ class BlockSparse(Method, abstract=True):
 
     causal = False  # a block of queries is judged as one, by its later rows too
     chunk_invariant = False  # blocks of queries begin with the call, and decoding is left alone
-    # tokens along a side of a block; `native` skips multiples of 32
-    size: PositiveInt = field(default=64, kw_only=True)
+    # tokens along a side of a block of pairs; `native` skips multiples of 32
+    block: PositiveInt = field(default=64, kw_only=True)
     # share of blocks above which a text is predicted slower: it stays dense
     most: Share = field(default=0.9, kw_only=True)
 
@@ -240,6 +240,6 @@ class BlockSparse(Method, abstract=True):
 
     @at(Site.MASK)
     def skip(self, mask: Mask, call: Call) -> Mask:
-        grid = Grid.of(replace(call, mask=mask), self.size)
+        grid = Grid.of(replace(call, mask=mask), self.block)
         table = None if grid is None else self.choose(grid)
         return mask if grid is None or table is None else grid.narrow(mask, table, self.most)

@@ -22,12 +22,12 @@ class StripeSparse(Method, abstract=True):
 
     causal = False  # a group of queries chooses as one, by its later rows too
     chunk_invariant = False  # groups of queries begin with the call
-    size: PositiveInt = field(default=64, kw_only=True)  # queries in a block
+    block: PositiveInt = field(default=64, kw_only=True)  # queries in a block
 
     @property
     def group(self) -> int:
         """How many queries share their keys."""
-        return self.size
+        return self.block
 
     @abstractmethod
     def choose(self, grid: Grid) -> Tensor:
@@ -38,7 +38,7 @@ class StripeSparse(Method, abstract=True):
 
     @at(Site.MASK)
     def narrow(self, mask: Mask, call: Call) -> Mask:
-        grid = Grid.of(replace(call, mask=mask), self.size)
+        grid = Grid.of(replace(call, mask=mask), self.block)
         if grid is None:
             return mask
         table = self.choose(grid) | ~grid.cols.flatten(2)[:, :, None]

@@ -61,7 +61,7 @@ class EfficientDLM(Method):
     )
     causal = False  # tokens see the rest of their block
     chunk_invariant = False  # of their block, what is there when they are read
-    size: PositiveInt = 16  # tokens of a block; the authors study from 4 to 64 and more
+    block: PositiveInt = 16  # tokens of a block; the authors study from 4 to 64 and more
     noisy: RoleName = "noisy"  # names the noisy copy of a text that stands before it, in training
 
     @classmethod
@@ -73,7 +73,7 @@ class EfficientDLM(Method):
         return cls(4)
 
     def idle(self, call: Call) -> bool:
-        return call.cross or (self.size == 1 and call.mask.causal and self.noisy not in call.roles)
+        return call.cross or (self.block == 1 and call.mask.causal and self.noisy not in call.roles)
 
     @at(Site.MASK)
     def open(self, mask: Mask, call: Call) -> Mask:
@@ -83,7 +83,7 @@ class EfficientDLM(Method):
                 f"{self!r}, layer {call.layer}: takes a row for one text, and several are packed into one row; give "
                 f"each a row of its own, padded, or name the first of two copies {self.noisy!r}"
             )
-        rule = _Copied(self.size, noisy) if noisy else Chunk(self.size, before=None)
+        rule = _Copied(self.block, noisy) if noisy else Chunk(self.block, before=None)
         return Mask((*(other for other in mask.rules if not isinstance(other, Causal)), rule))
 
     def _copied(self, call: Call) -> int:

@@ -35,7 +35,7 @@ class Combiner(Method):
     subjects = ("text", "image")
     every_token = True
     # tokens of a block; the square root of a text's length costs least; the authors: 128 of 2048
-    size: PositiveInt = 64
+    block: PositiveInt = 64
 
     @classmethod
     def example(cls) -> Combiner:
@@ -50,7 +50,7 @@ class Combiner(Method):
         if call.keys.first != 0:
             raise SiteError(f"{self!r}, layer {call.layer}: blocks need all tokens of a text; keep the cache whole")
         q, k, v = wide(*qkv)
-        total, s = k.shape[2], self.size
+        total, s = k.shape[2], self.block
         asked = of_keys(call, "queries", q * call.scale)  # [b h k d]
         text = text_keys(call, total)
         text = torch.ones(1, 1, total, dtype=torch.bool) if text is None else text

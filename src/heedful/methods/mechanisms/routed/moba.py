@@ -32,7 +32,7 @@ class MoBA(Method):
         ),
     )
     one_text = True
-    size: PositiveInt = 512  # keys a block; the paper's scaling laws: 512
+    block: PositiveInt = 512  # keys a block; the paper's scaling laws: 512
     # blocks that a query sees, its own among them; the paper's scaling laws: 3
     blocks: PositiveInt = 3
 
@@ -41,8 +41,8 @@ class MoBA(Method):
         return cls(4, 2)
 
     def declares(self, tokens: int) -> dict[str, float]:
-        past = [min(i // self.size, self.blocks - 1) * self.size for i in range(tokens)]
-        return {"density": sum(p + i % self.size + 1 for i, p in enumerate(past)) / tokens**2}
+        past = [min(i // self.block, self.blocks - 1) * self.block for i in range(tokens)]
+        return {"density": sum(p + i % self.block + 1 for i, p in enumerate(past)) / tokens**2}
 
     def idle(self, call: Call) -> bool:
         return call.cross
@@ -54,9 +54,9 @@ class MoBA(Method):
         query, key = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (call.query, call.key))
         heads, place = call.heads, call.k_pos
         live = place >= 0 if call.keys.is_filled is None else call.keys.is_filled & (place >= 0)
-        number = (place // self.size).clamp(min=0)  # [b|1 g|1 k]
+        number = (place // self.block).clamp(min=0)  # [b|1 g|1 k]
         means, held = (spread_heads(x, heads) for x in _means(key, number, live))
-        own = spread_heads(call.q_pos // self.size, heads)[..., None]  # [b|1 h|1 q 1]
+        own = spread_heads(call.q_pos // self.block, heads)[..., None]  # [b|1 h|1 q 1]
         blocks = torch.arange(means.shape[2], device=key.device)
 
         def pick(rows: slice) -> Tensor:
@@ -80,7 +80,7 @@ class MoBA(Method):
             return torch.stack([x[:, :, None].expand_as(chosen).gather(-1, best) * there for x in ends], -1)
 
         whole = call.keys.whole and call.keys.first == 0 and call.queries.alike(call.keys)
-        gather = (lambda: by_block(pick(slice(None)), self.size)) if whole and mask.causal else None
+        gather = (lambda: by_block(pick(slice(None)), self.block)) if whole and mask.causal else None
         return mask & Chosen(pick, laid, None if call.keys.packed else stretches, gather=gather)
 
 

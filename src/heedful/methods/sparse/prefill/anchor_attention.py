@@ -37,32 +37,32 @@ class AnchorAttention(StripeSparse):
 
     @classmethod
     def neutral(cls) -> AnchorAttention:
-        return cls(size=2**20)
+        return cls(block=2**20)
 
     @classmethod
     def example(cls) -> AnchorAttention:
-        return cls(-0.5, 2, size=3)
+        return cls(-0.5, 2, block=3)
 
     @property
     def group(self) -> int:
-        return self.size * self.step
+        return self.block * self.step
 
     def rests(self, tokens: int) -> str | None:
-        whole = self.size + self.group
+        whole = self.block + self.group
         told = f"the first block and a group of queries hold {whole} tokens, and the text has {tokens}: "
-        return f"{told}a smaller size would act" if tokens <= whole else None
+        return f"{told}a smaller block would act" if tokens <= whole else None
 
     def idle(self, call: Call) -> bool:
-        return super().idle(call) or len(call.keys) <= self.size
+        return super().idle(call) or len(call.keys) <= self.block
 
     def choose(self, grid: Grid) -> Tensor:
         key, mean = grid.key.flatten(2, 3), means(grid.query, grid.rows)
         col = torch.arange(key.shape[2], device=key.device)
-        first = col < self.size
+        first = col < self.block
         tables = []
         for block in range(0, grid.query.shape[2], self.step):
             part = slice(block, block + self.step)
-            start = grid.start + block * self.size  # the column of the group's first key, [b|1]
+            start = grid.start + block * self.block  # the column of the group's first key, [b|1]
             near = col >= start[:, None]
             above = grid.scores(mean[:, :, part], grid.call.spread(key))
             above = above - self.anchor(grid, part, key, first, near)[..., None]
@@ -78,7 +78,7 @@ class AnchorAttention(StripeSparse):
         """The mean, over the text in each block of a group, of a query's best score `[b h step]` on first and near."""
         ranges, is_text = grid.ranges[:, :, part], grid.rows[:, :, part]
         here = (first | near.any(0)).nonzero().flatten()
-        here = here[here < max(self.size, int(ranges.max()))]  # nobody in the group sees what lies behind
+        here = here[here < max(self.block, int(ranges.max()))]  # nobody in the group sees what lies behind
         query = grid.query[:, :, part]
         scores = grid.scores(query, grid.call.spread(key[:, :, here])[:, :, None])
         seen = ((here >= ranges[..., :1]) & (here < ranges[..., 1:])).any(-2)
@@ -92,6 +92,6 @@ if __name__ == "__main__":
 
     model, tokenizer, _ = models.default()
     text = tokenizer("The sun rises in the east and sets in the west. " * 80, return_tensors="pt")
-    with attach(model, AnchorAttention(4.0, 4, size=32)) as run:
+    with attach(model, AnchorAttention(4.0, 4, block=32)) as run:
         print(run.difference(**text))
         print(run.activity())

@@ -40,39 +40,39 @@ class FlexPrefill(BlockSparse):
 
     @classmethod
     def example(cls) -> FlexPrefill:
-        return cls(0.5, 0.1, 0, size=4, most=1.0)
+        return cls(0.5, 0.1, 0, block=4, most=1.0)
 
     def rests(self, tokens: int) -> str | None:
-        return all_fit(max(2 * self.size, self.least), tokens, "a smaller least, or size,")
+        return all_fit(max(2 * self.block, self.least), tokens, "a smaller least, or block,")
 
     def choose(self, grid: Grid) -> Tensor | None:
         if not grid.call.mask.causal:
             return None
         n, m = grid.open.shape[-2:]
-        at = grid.length[:, None] - self.size + torch.arange(self.size, device=grid.open.device)
-        ((weights, _),) = grid.weights(at, self.size)
+        at = grid.length[:, None] - self.block + torch.arange(self.block, device=grid.open.device)
+        ((weights, _),) = grid.weights(at, self.block)
         weights = weights.flatten(3)
-        behind = (0, m * self.size - weights.shape[3])
+        behind = (0, m * self.block - weights.shape[3])
         vertical = torch.nn.functional.pad(weights.mean(2), behind)
         slash = torch.nn.functional.pad(self.by_distance(weights, at + grid.start[:, None]), behind)
-        blocks = vertical.unflatten(-1, (m, self.size)).sum(-1)
+        blocks = vertical.unflatten(-1, (m, self.block)).sum(-1)
         trusted = self.divergence(blocks, self.estimate(grid, at)).sqrt() < self.tau
         table = self.best(vertical, blocks, trusted)[..., None, :].expand(-1, -1, n, -1)
-        far = self.best(slash, slash.unflatten(-1, (m, self.size)).sum(-1), trusted)
-        rows = torch.arange(1, n + 1, device=at.device) * self.size - 1 + grid.start[:, None]
-        apart = rows[:, None, :, None] // self.size - torch.arange(m, device=at.device)
+        far = self.best(slash, slash.unflatten(-1, (m, self.block)).sum(-1), trusted)
+        rows = torch.arange(1, n + 1, device=at.device) * self.block - 1 + grid.start[:, None]
+        apart = rows[:, None, :, None] // self.block - torch.arange(m, device=at.device)
         there = apart.clamp(0, m - 1).expand(len(far), far.shape[1], -1, -1)
         table = table | (far[..., None, :].expand(there.shape).gather(-1, there) & (apart >= 0))
         if bool(trusted.any()):
             pooled = grid.pooled(means(grid.query, grid.rows), means(grid.key, grid.cols))[trusted]
             table[trusted] |= cover(pooled.flatten(1), self.mass).view_as(pooled)
-        short = grid.length + grid.start <= max(2 * self.size, self.least)
+        short = grid.length + grid.start <= max(2 * self.block, self.least)
         return table | short[:, None, None, None]
 
     def best(self, weight: Tensor, blocks: Tensor, trusted: Tensor) -> Tensor:
         """Which blocks `[b h m]` are taken, the first always: as many as the fewest tokens up to `mass` would fill."""
-        least = -(-self.least // self.size)
-        count = (cover(weight, self.mass).sum(-1) // self.size + 1).clamp(min=least).masked_fill(trusted, least)
+        least = -(-self.least // self.block)
+        count = (cover(weight, self.mass).sum(-1) // self.block + 1).clamp(min=least).masked_fill(trusted, least)
         ranked = blocks.clone()
         ranked[..., 0] = torch.inf
         place = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

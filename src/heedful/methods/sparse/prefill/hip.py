@@ -37,16 +37,16 @@ class HiP(StripeSparse):
     )
     one_text = True
     keep: int = 512  # keys that a block of queries sees beside window and sinks; the authors: 512
-    block: PositiveInt = 2  # keys in a block, the tree's leaves; the authors: 2
+    leaf: PositiveInt = 2  # keys in a leaf of the tree; the authors: 2
     # newest keys, up to the block's last query, that are always seen; the authors' code: 256
     window: NonNegativeInt = 256
     sinks: NonNegativeInt = 16  # first keys that are always seen; the authors' code: 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep < self.block or self.keep % self.block:
-            good = max(1, self.keep // self.block) * self.block
-            raise FieldError(self, "keep", self.keep, f"must be a multiple of the block of {self.block} keys", good)
+        if self.keep < self.leaf or self.keep % self.leaf:
+            good = max(1, self.keep // self.leaf) * self.leaf
+            raise FieldError(self, "keep", self.keep, f"must be a multiple of the leaf of {self.leaf} keys", good)
 
     @classmethod
     def neutral(cls) -> HiP:
@@ -54,7 +54,7 @@ class HiP(StripeSparse):
 
     @classmethod
     def example(cls) -> HiP:
-        return cls(keep=2, block=1, window=2, sinks=1, size=3)
+        return cls(keep=2, leaf=1, window=2, sinks=1, block=3)
 
     def rests(self, tokens: int) -> str | None:
         return all_fit(self.keep + self.window, tokens, "a smaller keep or window")
@@ -63,19 +63,19 @@ class HiP(StripeSparse):
         return call.cross or len(call.keys) <= self.keep + self.window
 
     def choose(self, grid: Grid) -> Tensor:
-        n, col = grid.query.shape[2], torch.arange(grid.cols.shape[2] * self.size, device=grid.open.device)
-        ends = (self.size * (torch.arange(n, device=col.device) + 1)).minimum(grid.length[:, None])
+        n, col = grid.query.shape[2], torch.arange(grid.cols.shape[2] * self.block, device=grid.open.device)
+        ends = (self.block * (torch.arange(n, device=col.device) + 1)).minimum(grid.length[:, None])
         far = (grid.start[:, None] + ends - self.window).clamp(min=0)  # [b|1 n], the keys before the window
         table = (col >= far[..., None]) | (col < self.sinks)
-        leaves = -(-far // self.block)
-        chosen = self.search(grid, leaves)[..., None] * self.block + torch.arange(self.block, device=col.device)
+        leaves = -(-far // self.leaf)
+        chosen = self.search(grid, leaves)[..., None] * self.leaf + torch.arange(self.leaf, device=col.device)
         chosen = chosen.flatten(3).clamp(max=len(col) - 1)
         found = torch.zeros(*chosen.shape[:3], len(col), dtype=torch.bool, device=col.device)
         return found.scatter_(-1, chosen, True) | (table | (far <= self.keep)[..., None])[:, None]
 
     def search(self, grid: Grid, leaves: Tensor) -> Tensor:
-        """The numbers of the best blocks `[b h n keep/block]` among the first `leaves [b|1 n]`."""
-        nodes = self.keep // self.block
+        """The numbers of the best blocks `[b h n keep/leaf]` among the first `leaves [b|1 n]`."""
+        nodes = self.keep // self.leaf
         leaves = leaves.clamp(min=nodes)[:, None, :, None].expand(len(grid.query), grid.query.shape[1], -1, -1)
         ends = torch.arange(nodes + 1, device=leaves.device) * leaves // nodes
         first, width = ends[..., :-1], ends.diff()
@@ -91,11 +91,11 @@ class HiP(StripeSparse):
     def score(self, grid: Grid, number: Tensor) -> Tensor:
         """The best score of a query in each block with a key in the blocks `number [b h n m]`."""
         key = grid.call.spread(grid.key.flatten(2, 3))
-        place = (number[..., None] * self.block + torch.arange(self.block, device=number.device)).flatten(2)
+        place = (number[..., None] * self.leaf + torch.arange(self.leaf, device=number.device)).flatten(2)
         place = place.clamp(max=key.shape[2] - 1)[..., None].expand(-1, -1, -1, key.shape[3])
         found = key.gather(2, place).view(*number.shape[:3], -1, key.shape[3])
         scores = (grid.query @ found.mT).masked_fill(~grid.rows[..., None], -torch.inf)
-        return scores.amax(-2).unflatten(-1, (-1, self.block)).amax(-1)
+        return scores.amax(-2).unflatten(-1, (-1, self.leaf)).amax(-1)
 
 
 if __name__ == "__main__":
@@ -103,6 +103,6 @@ if __name__ == "__main__":
 
     model, tokenizer, _ = models.default()
     text = tokenizer("The sun rises in the east and sets in the west. " * 80, return_tensors="pt")
-    with attach(model, HiP(64, window=32, size=32)) as run:
+    with attach(model, HiP(64, window=32, block=32)) as run:
         print(run.difference(**text))
         print(run.activity())

@@ -78,7 +78,7 @@ class HyLRA(BlockSparse):
 
     @classmethod
     def example(cls) -> HyLRA:
-        return cls(0.3, (0,), size=4, most=1.0)
+        return cls(0.3, (0,), block=4, most=1.0)
 
     def choose(self, grid: Grid) -> Tensor | None:
         call = grid.call
@@ -89,7 +89,7 @@ class HyLRA(BlockSparse):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> HyLRA:
         """Choose the full layers by how many of its top blocks each layer shares, on these texts, with those before."""
-        missed: Mapping[int, Tensor] = read(context, _Missed(self.share, self.size), at_least_one(self, batches))
+        missed: Mapping[int, Tensor] = read(context, _Missed(self.share, self.block), at_least_one(self, batches))
         cost = torch.stack([missed[layer] for layer in sorted(missed)], 1)
         return replace(self, full=cheapest(cost, max(1, round(self.whole * len(cost)))))
 

@@ -40,11 +40,11 @@ class QAdA(BlockSparse):
 
     @classmethod
     def example(cls) -> QAdA:
-        return cls(0.0, 2, 1, size=4, most=1.0)
+        return cls(0.0, 2, 1, block=4, most=1.0)
 
     def choose(self, grid: Grid) -> Tensor:
         m = grid.open.shape[-1]
-        sinks = torch.arange(m, device=grid.open.device) * self.size < self.sinks
+        sinks = torch.arange(m, device=grid.open.device) * self.block < self.sinks
         near = (grid.band(self.window) | sinks) & grid.open
         local = means(self.shares(grid, near)[..., None], grid.rows)[..., 0] >= self.share
         return near | ~local[..., None]
@@ -75,7 +75,7 @@ class QAdA(BlockSparse):
         b, g = query.shape[:2]
         near = near.any(1, keepdim=True).expand(b, -1, -1, -1)[:, 0]
         texts = torch.arange(b, device=key.device)[:, None, None]
-        inside = torch.arange(self.size, device=key.device)
+        inside = torch.arange(self.block, device=key.device)
         out = []
         for rows in torch.arange(near.shape[1], device=key.device).split(4):
             there, blocks = near[:, rows].sort(dim=-1, descending=True, stable=True)  # those that are, in their order
@@ -83,12 +83,12 @@ class QAdA(BlockSparse):
             there, blocks = there[..., :most], blocks[..., :most]
             k = key[texts, blocks].movedim(3, 1).flatten(3, 4)  # [b g r c*size d]
             scores = query[:, :, rows] @ k.mT
-            cols = (blocks[..., None] * self.size + inside).flatten(2)[:, None, :, None, :, None]
+            cols = (blocks[..., None] * self.block + inside).flatten(2)[:, None, :, None, :, None]
             see = grid.ranges[:, :, rows][:, :, :, :, None]  # [b|1 h|1 r size 1 n 2]
             seen = ((cols >= see[..., 0]) & (cols < see[..., 1])).any(-1)
-            seen = seen & there.repeat_interleave(self.size, -1)[:, None, :, None]
+            seen = seen & there.repeat_interleave(self.block, -1)[:, None, :, None]
             seen = seen.unflatten(1, (min(g, seen.shape[1]), -1)).transpose(2, 3)  # [b g|1 r h/g|1 size c*size]
-            hide(scores.unflatten(3, (-1, self.size)), ~seen)
+            hide(scores.unflatten(3, (-1, self.block)), ~seen)
             highest = scores.softmax(-1).amax(-1)  # is 1 over the sum that logsumexp takes; faster than its own exp
             out.append(scores.amax(-1) - highest.log())
         return grid.apart(torch.cat(out, 2))

@@ -36,7 +36,7 @@ class RectifiedSpaAttn(Method):
     }
     least: Share = 0.25  # share of blocks that are kept at least; the authors' code for Wan 2.1: 25 %
     mass: ShareBelowOne = 0.3  # pooled weight that kept blocks come to at least; the authors' code for Wan 2.1: 0.3
-    size: PositiveInt = 128  # tokens of a block; the authors' code: 128
+    block: PositiveInt = 128  # tokens of a block; the authors' code: 128
 
     @classmethod
     def neutral(cls) -> RectifiedSpaAttn:
@@ -51,11 +51,11 @@ class RectifiedSpaAttn(Method):
 
     @at(Site.MASK)
     def skip(self, mask: Mask, call: Call) -> Mask:
-        return mask & Blocks(self._kept(Pooled(call, self.size).scores.softmax(-1)), self.size)
+        return mask & Blocks(self._kept(Pooled(call, self.block).scores.softmax(-1)), self.block)
 
     @at(Site.HEAD_OUTPUT)
     def rectify(self, heads: Tensor, call: Call) -> Tensor:
-        blocks = Pooled(call, self.size)
+        blocks = Pooled(call, self.block)
         weights = blocks.scores.softmax(-1)
         pooled = weights.masked_fill(self._kept(weights) | ~_pays(blocks), 0.0)
         rest = 1 - pooled.sum(-1, keepdim=True)  # what kept blocks stand for
@@ -82,5 +82,5 @@ if __name__ == "__main__":
     model = models.tiny("vit", image_size=32)
     inputs = models.tiny_inputs(model)
     for least in (0.2, 0.5, 1.0):
-        with attach(model, RectifiedSpaAttn(least, size=8)) as run:
+        with attach(model, RectifiedSpaAttn(least, block=8)) as run:
             print(least, run.difference(**inputs))

@@ -23,10 +23,10 @@ class S2Attention(Method):
             "Shards are those of the authors' code for causal models, counted from where each text begins. Models that "
             "see later tokens have another pattern there, which is not here.",
             "The layers and heads that the paper leaves dense are left out by `.on(layers=..., heads=...)`.",
-            "The cache drops what no later token sees; up to `size` tokens before the window stay longer than needed.",
+            "The cache drops what no later token sees; up to `block` tokens before the window stay longer than needed.",
         ),
     )
-    size: PositiveInt = 64  # tokens a block; the authors: 64
+    block: PositiveInt = 64  # tokens a block; the authors: 64
     # latest blocks that every head sees, the query's own counted; Phi-3-small: 16
     local: PositiveInt = 16
     stride: PositiveInt = 8  # a head sees one in so many blocks of the past; Phi-3-small: 8
@@ -54,25 +54,25 @@ class S2Attention(Method):
             return (query - key < self.local) | self._shard(key, call, call.heads)
 
         if None in (call.queries.first, call.queries.pads, call.keys.first, call.keys.pads):
-            return mask & Where(lambda q, k: sees(q // self.size, k // self.size))
+            return mask & Where(lambda q, k: sees(q // self.block, k // self.block))
         (rows, top), (cols, left) = (self._blocks(place[:, 0]) for place in (call.q_pos, call.k_pos))
         first = torch.stack([top, left], -1)
         table = sees(rows[:, None, :, None], cols[:, None, None])
-        return mask & Blocks(table, self.size, first if bool(first.any()) else None)
+        return mask & Blocks(table, self.block, first if bool(first.any()) else None)
 
     def _blocks(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks of consecutive places `[b|1 n]`, and where in the row the first of them begins, `[b|1]`."""
         begins = place[:, 0]
-        block = begins.clamp(min=0) // self.size
-        first = block * self.size - begins
-        count = (place.shape[1] - 1 - int(first.min())) // self.size + 1
+        block = begins.clamp(min=0) // self.block
+        first = block * self.block - begins
+        count = (place.shape[1] - 1 - int(first.min())) // self.block + 1
         return block[:, None] + torch.arange(count, device=place.device), first
 
     @at(Site.CACHE)
     def forget(self, entries: CachedKV, call: Call) -> Tensor:
-        shard = self._shard(entries.positions.position // self.size, call, call.kv_heads)
+        shard = self._shard(entries.positions.position // self.block, call, call.kv_heads)
         # the next query will see one more: itself
-        return entries.is_text & (shard | newest(entries, call, self.local * self.size - 1))
+        return entries.is_text & (shard | newest(entries, call, self.local * self.block - 1))
 
 
 if __name__ == "__main__":

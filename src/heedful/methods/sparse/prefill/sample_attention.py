@@ -39,11 +39,11 @@ class SampleAttention(BlockSparse):
 
     @classmethod
     def example(cls) -> SampleAttention:
-        return cls(0.4, 0.3, 0.0, size=4, most=1.0)
+        return cls(0.4, 0.3, 0.0, block=4, most=1.0)
 
     def choose(self, grid: Grid) -> Tensor:
         n, m = grid.open.shape[-2:]
-        at = torch.arange(0, n * self.size, max(1, round(1 / self.rows)), device=grid.open.device)[None]
+        at = torch.arange(0, n * self.block, max(1, round(1 / self.rows)), device=grid.open.device)[None]
         received = grid.query.new_zeros(*grid.query.shape[:2], m)
         for weights, _ in grid.weights(at):
             received[..., : weights.shape[3]] += weights.sum(2).sum(-1)

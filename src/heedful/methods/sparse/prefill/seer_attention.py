@@ -122,7 +122,7 @@ class SeerAttention(BlockSparse):
 
     @classmethod
     def example(cls) -> SeerAttention:
-        return cls(share=0.3, last=0, seed=0, size=4, most=1.0)
+        return cls(share=0.3, last=0, seed=0, block=4, most=1.0)
 
     def idle(self, call: Call) -> bool:
         return super().idle(call) or bool(call.queries.first)
@@ -160,7 +160,7 @@ class SeerAttention(BlockSparse):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SeerAttention:
         """Teach each layer's gate what the highest weight of each pair of blocks is, by their divergence."""
-        reader = _Maps(self.size)
+        reader = _Maps(self.block)
         with torch.no_grad(), context.attach(reader) as run:
             for inputs in at_least_one(self, batches):
                 run(**inputs)

@@ -34,7 +34,7 @@ class SLA(Method):
     subjects = ("image",)
     exact: PositiveShare = 0.05  # share of blocks that softmax sees; the paper: 5 %
     skipped: Share = 0.1  # share of blocks that are left out; the paper: 10 %
-    size: PositiveInt = 64  # tokens of a block; the paper: 64
+    block: PositiveInt = 64  # tokens of a block; the paper: 64
     start: float = 0.0  # of the map's diagonal before training; the authors' code: 0
 
     @classmethod
@@ -53,12 +53,12 @@ class SLA(Method):
 
     @at(Site.MASK)
     def skip(self, mask: Mask, call: Call) -> Mask:
-        exact, _ = self._kinds(Pooled(call, self.size))
-        return mask & Blocks(exact, self.size)
+        exact, _ = self._kinds(Pooled(call, self.block))
+        return mask & Blocks(exact, self.block)
 
     @at(Site.HEAD_OUTPUT)
     def add_linear(self, heads: Tensor, call: Call) -> Tensor:
-        blocks = Pooled(call, self.size)
+        blocks = Pooled(call, self.block)
         _, between = self._kinds(blocks)
         query = blocks.query.softmax(-1)
         key = blocks.key.softmax(-1) * blocks.filled[..., None]
@@ -81,6 +81,6 @@ if __name__ == "__main__":
 
     model = models.tiny("vit", image_size=32)
     inputs = models.tiny_inputs(model)
-    with attach(model, SLA(0.2, 0.2, size=8)) as run:
+    with attach(model, SLA(0.2, 0.2, block=8)) as run:
         print(run.difference(**inputs))
         print({name: tuple(p.shape) for name, p in run.state_dict().items()})

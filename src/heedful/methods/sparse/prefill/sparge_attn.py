@@ -47,7 +47,7 @@ class SpargeAttn(BlockSparse):
 
     @classmethod
     def example(cls) -> SpargeAttn:
-        return cls(0.5, -1.0, False, size=4, most=1.0)
+        return cls(0.5, -1.0, False, block=4, most=1.0)
 
     def choose(self, grid: Grid) -> Tensor:
         query, key = grid.query, grid.key
