@@ -14,11 +14,12 @@ from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape, parameters
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.call import Call
 from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.mask import Causal, Dense, Mask, Window
+from heedful.core.mask import Blocks, Causal, Dense, Mask, Window
 from heedful.core.positions import Positions
-from heedful.kit.chosen import TOGETHER
+from heedful.kit.chosen import TOGETHER, Chosen, Reached
 from heedful.methods import DynamicMaskAttention, SinkWindow
 
 N = 11
@@ -82,6 +83,17 @@ def test_keys_that_a_mask_hides_take_nobodys_room() -> None:
     assert close(narrow.run(method, "reference", None, params)[0], want)
 
 
+def _best(call: Call, keep: int, table: Tensor | None = None) -> Tensor:
+    """The keys of highest counts among those that each row may see, all so far where no table says otherwise."""
+    assert call.value is not None
+    told = call.value.transpose(1, 2).flatten(2) @ call.params["weight"].mT
+    counts = torch.exp(call.params["rate"] * torch.log(1 + torch.exp(told))).mT.repeat_interleave(2, 1)
+    n = counts.shape[-1]
+    table = torch.ones(*counts.shape[:2], n, n, dtype=torch.bool).tril() if table is None else table
+    best = counts[:, :, None].expand(table.shape).masked_fill(~table, -1).topk(keep).indices
+    return torch.zeros_like(table).scatter(-1, best, True) & table
+
+
 @pytest.mark.parametrize("keep", [3, 150])
 def test_of_a_long_text_each_row_sees_the_best_it_may_and_no_more(keep: int) -> None:
     """Longer than what is picked at once, by a mask for each head that some rows see nothing of."""
@@ -91,13 +103,21 @@ def test_of_a_long_text_each_row_sees_the_best_it_may_and_no_more(keep: int) -> 
     table = (torch.rand(2, 4, n, n, generator=draw) < 0.7).tril()
     table[0, 1, -40:-20] = False
     picked = method.choose(Mask((Dense(table),)), bare.call).rules[-1]
-    weight, rate = bare.call.params["weight"], bare.call.params["rate"]
-    told = bare.v.transpose(1, 2).flatten(2) @ weight.mT
-    counts = torch.exp(rate * torch.log(1 + torch.exp(told))).mT.repeat_interleave(2, 1)[:, :, None].expand(table.shape)
-    best = counts.masked_fill(~table, -1).topk(keep).indices
-    want = torch.zeros_like(table).scatter(-1, best, True) & table
+    want = _best(bare.call, keep, table)
     for rows in (slice(n - 60, n), slice(10, 20), slice(None)):
         assert torch.equal(picked.keeps(bare.call.tile(rows, slice(0, n)).pairs), want[:, :, rows])
+
+
+def test_where_a_querys_keys_are_one_range_no_pair_is_picked() -> None:
+    method, bare = DynamicMaskAttention(3, start=0.7, spread=0.3), _bare(Shape(q=N, k=N))
+    call = replace(bare.call, value=bare.v, params=parameters(method, bare.shape.layer, bare.dtype))
+    table = torch.ones(1, 1, -(-N // 4), -(-N // 4), dtype=torch.bool)
+    for rules, kind in (((Causal(),), Reached), ((Causal(), Blocks(table, 4)), Chosen)):
+        mask = Mask(rules)
+        picked = method.choose(mask, call).rules[-1]
+        assert type(picked) is kind
+        pairs = call.tile(slice(0, N), slice(0, N)).pairs
+        assert torch.equal(picked.keeps(pairs) & Causal().keeps(pairs), _best(call, 3))
 
 
 def test_of_equals_the_newest_are_seen_so_that_it_begins_as_a_window() -> None:
