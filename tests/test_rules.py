@@ -1,0 +1,213 @@
+"""Rules of a mask: pair by pair by loops, alone and joined; ranges, spans, columns and tiles tell the same pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heedful.core.column_ranges import Ranges
+from heedful.core.key_ranges import encode
+from heedful.core.mask import (
+    Ahead,
+    Blocks,
+    Both,
+    Causal,
+    Dense,
+    Either,
+    First,
+    FirstQueries,
+    Mask,
+    OnHeads,
+    Padding,
+    Rule,
+    Where,
+    Window,
+)
+from heedful.core.positions import Pairs, Positions, spread_heads
+from heedful.core.rules import Arranged, Ranged
+from heedful.kit.chosen import Shown
+from heedful.kit.chunks import Chunk
+
+HEADS, KEYS = 2, 11
+Sees = Callable[[int, int, int, int], bool]  # text, head, query and key, counted in the call
+Told = tuple[Rule, Sees]
+
+
+class Laid:
+    """Queries that are the last but some of the keys, of texts with padding before them, or with unfilled slots."""
+
+    def __init__(self, pads: list[int], ahead: int, rows: int) -> None:
+        self.pads, self.ahead, self.rows, self.texts = pads, ahead, rows, len(pads)
+        pad = torch.tensor(pads)
+        self.q, self.k = Positions.row(ahead, rows, pad=pad), Positions.row(0, KEYS, pad=pad)
+
+    def place(self, text: int, query: int, key: int) -> tuple[int, int]:
+        return self.ahead + query - self.pads[text], key - self.pads[text]
+
+    def pairs(self, rows: slice = slice(None), cols: slice | Tensor = slice(None)) -> Pairs:
+        start, stop, _ = rows.indices(self.rows)
+        return Pairs(self.q.take(slice(start, stop)), self.k.take(cols), HEADS, slice(start, stop), cols)
+
+    def whole(self, x: Tensor) -> Tensor:
+        return x.expand(self.texts, HEADS, self.rows, KEYS)
+
+    def inside(self, ranges: Tensor) -> Tensor:
+        """The pairs in some range `[b|1 h|1 q n 2]` of their query."""
+        start, stop = spread_heads(ranges, HEADS)[..., None, :].unbind(-1)
+        key = torch.arange(KEYS)
+        return self.whole(((key >= start) & (key < stop)).any(-2))
+
+    def wanted(self, sees: Sees) -> Tensor:
+        texts, heads, rows, keys = self.texts, HEADS, self.rows, KEYS
+        flat = [sees(b, h, i, j) for b in range(texts) for h in range(heads) for i in range(rows) for j in range(keys)]
+        return torch.tensor(flat).view(texts, heads, rows, keys)
+
+
+def by_places(laid: Laid, rule: Rule, sees: Callable[[int, int], bool]) -> Told:
+    return rule, lambda b, h, i, j: sees(*laid.place(b, i, j))
+
+
+def by_table(laid: Laid, how: str, seed: int, share: float) -> Told:
+    """A rule that is told of every pair, of each head and text its own."""
+    draw = torch.Generator().manual_seed(seed)
+    keep = torch.rand(laid.texts, HEADS, laid.rows, KEYS, generator=draw) < share
+    if how == "text":
+        text = keep[:, 0, 0]
+        return Padding(text), lambda b, h, i, j: bool(text[b, j])
+    if how == "shown":
+        shown = keep[:, :, 0]
+        return Shown(shown), lambda b, h, i, j: bool(shown[b, h, j])
+    if how == "dense":
+        return Dense(keep), lambda b, h, i, j: bool(keep[b, h, i, j])
+    ranges = encode(lambda start, stop: keep[:, :, start:stop], laid.rows)
+    assert ranges is not None
+    if how == "ranged":
+        return Ranged(ranges.int()), lambda b, h, i, j: bool(keep[b, h, i, j])
+    place = torch.stack([torch.randperm(KEYS, generator=draw) for _ in range(HEADS)])[None]
+    return Arranged(ranges.int(), place.int()), lambda b, h, i, j: bool(keep[b, h, i, place[0, h, j]])
+
+
+def one(laid: Laid) -> st.SearchStrategy[Told]:
+    """A rule, and by loops what it keeps."""
+    some = st.integers(0, 6)
+    several = some.map(lambda n: n + 1)
+    causal = by_places(laid, Causal(), lambda q, k: k <= q)
+    return st.one_of(
+        st.just(causal),
+        several.map(lambda n: by_places(laid, Window(n), lambda q, k: q - k < n)),
+        several.map(lambda n: by_places(laid, Ahead(n), lambda q, k: k - q < n)),
+        some.map(lambda n: by_places(laid, First(n), lambda q, k: k < n)),
+        some.map(lambda n: by_places(laid, FirstQueries(n), lambda q, k: q < n)),
+        several.map(lambda n: by_places(laid, Where(lambda q, k: (q + k) % n == 0), lambda q, k: (q + k) % n == 0)),
+        st.tuples(several, st.none() | some, some).map(
+            lambda x: by_places(
+                laid,
+                Chunk(*x),
+                lambda q, k: (x[1] is None or k >= q // x[0] * x[0] - x[1]) and k < q // x[0] * x[0] + x[0] + x[2],
+            )
+        ),
+        st.tuples(
+            st.sampled_from(["text", "shown", "dense", "ranged", "arranged"]), some, st.sampled_from([0.2, 0.7])
+        ).map(lambda x: by_table(laid, *x)),
+    )
+
+
+def joined(laid: Laid, rules: st.SearchStrategy[Told]) -> st.SearchStrategy[Told]:
+    def on(told: Told, heads: tuple[int, ...]) -> Told:
+        return told[0].on(heads, HEADS), lambda b, h, i, j: h not in heads or told[1](b, h, i, j)
+
+    return st.one_of(
+        st.tuples(rules, rules).map(
+            lambda x: (x[0][0] | x[1][0], lambda b, h, i, j: x[0][1](b, h, i, j) or x[1][1](b, h, i, j))
+        ),
+        st.tuples(rules, rules).map(
+            lambda x: (x[0][0] & x[1][0], lambda b, h, i, j: x[0][1](b, h, i, j) and x[1][1](b, h, i, j))
+        ),
+        st.tuples(rules, st.sampled_from([(0,), (1,), (0, 1)])).map(lambda x: on(*x)),
+    )
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> tuple[Laid, Rule, Tensor]:
+    laid = Laid(
+        draw(st.lists(st.integers(0, 4), min_size=1, max_size=2)), draw(st.integers(0, 5)), draw(st.integers(1, 6))
+    )
+    rule, sees = draw(st.recursive(one(laid), lambda rules: joined(laid, rules), max_leaves=3))
+    return laid, rule, laid.wanted(sees)
+
+
+def columns(told: Ranges) -> set[int]:
+    return {i for lo, hi in told for i in range(max(lo, 0), min(hi, KEYS))}
+
+
+@settings(max_examples=300)
+@given(drawn())
+def test_ranges_spans_columns_and_tiles_tell_the_pairs_of_the_loops(told: tuple[Laid, Rule, Tensor]) -> None:
+    laid, rule, want = told
+    found = laid.whole(rule.keeps(laid.pairs()))
+    assert torch.equal(found, want)
+    ranges = rule.key_ranges(laid.q, laid.k)
+    if ranges is not None and not rule.scattered:
+        assert torch.equal(laid.inside(ranges), want)
+    seen = set(want.flatten(0, -2).any(0).nonzero().flatten().tolist())
+    for told_of in (rule.span(laid.q, laid.k), Mask((rule,)).columns(laid.q, laid.k, slice(0, laid.rows))):
+        assert told_of is None or seen <= columns(told_of)
+    if rule.idle(laid.q, laid.k):
+        assert bool(want.all())
+    rows = slice(laid.rows // 3, max(1, laid.rows - 1))
+    for cols in (slice(2, 7), slice(None, 5), torch.tensor([0, 3, 4, 9])):
+        pairs = laid.pairs(rows, cols)
+        tile = rule.keeps(pairs).expand(laid.texts, HEADS, len(pairs.queries), len(pairs.keys))
+        assert torch.equal(tile, want[:, :, pairs.rows][..., cols])
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_a_masks_ranges_are_what_all_of_its_rules_keep(data: st.DataObject) -> None:
+    laid = Laid([0, 2], 4, 5)
+    told = data.draw(st.lists(one(laid), max_size=3))
+    mask, want = Mask(tuple(rule for rule, _ in told)), laid.wanted(lambda *at: all(sees(*at) for _, sees in told))
+    kept = mask.keeps(laid.pairs())
+    assert torch.equal(want, torch.ones_like(want) if kept is None else laid.whole(kept))
+    ranges = mask.key_ranges(laid.q, laid.k, HEADS)
+    assume(ranges is not None)
+    assert ranges is not None
+    assert torch.equal(laid.inside(ranges), want)
+
+
+@pytest.mark.parametrize("join", [Either, Both])
+def test_what_one_rule_does_not_know_the_other_may_tell(join: Callable[[Rule, Rule], Rule]) -> None:
+    laid, unknown, known = Laid([0], 4, 3), Where(lambda q, k: q >= k), Window(2)
+    assert unknown.span(laid.q, laid.k) is unknown.key_ranges(laid.q, laid.k) is None
+    for rule in (join(unknown, known), join(known, unknown)):
+        assert rule.span(laid.q, laid.k) == (None if join is Either else known.span(laid.q, laid.k))
+        assert rule.key_ranges(laid.q, laid.k) is None
+    both = join(known, Ahead(2))
+    assert both.key_ranges(laid.q, laid.k) is not None
+    assert both.span(laid.q, laid.k) == (((0, 11),) if join is Either else ((3, 8),))
+
+
+def test_where_keys_lie_apart_by_nature_nobody_looks_for_ranges() -> None:
+    table = torch.ones(1, 1, 3, KEYS, dtype=torch.bool)
+    apart, near = Dense(table, apart=True), Dense(table)
+    for rule in (apart, apart | Causal(), Causal() | apart, Causal() & apart, apart & Causal(), apart.on((0,), HEADS)):
+        assert rule.scattered
+    for rule in (near, near | Causal(), near & Causal(), near.on((0,), HEADS)):
+        assert not rule.scattered
+    laid = Laid([0], 0, 3)
+    assert Mask((Causal(), apart)).key_ranges(laid.q, laid.k, HEADS) is None
+    assert Mask((Causal(), near)).key_ranges(laid.q, laid.k, HEADS) is not None
+
+
+def test_blocks_lie_beside_what_a_masks_ranges_say() -> None:
+    laid = Laid([0], 0, 5)
+    mask = Mask((Causal(), Blocks(torch.zeros(1, 1, 2, 3, dtype=torch.bool), 4)))
+    ranges = mask.key_ranges(laid.q, laid.k, HEADS)
+    assert ranges is not None
+    assert ranges[0, 0, :, 0].tolist() == [[0, i + 1] for i in range(5)]
+    assert type(Causal().on((0,), HEADS)) is OnHeads
