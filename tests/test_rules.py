@@ -39,17 +39,17 @@ Told = tuple[Rule, Sees]
 
 
 class Laid:
-    """Queries that are the last but some of the keys, of texts with padding before them, or with unfilled slots."""
+    """Queries, and keys the first of which are gone, of texts with padding before them."""
 
-    def __init__(self, pads: list[int], ahead: int, rows: int) -> None:
-        self.pads, self.ahead, self.rows, self.texts = pads, ahead, rows, len(pads)
+    def __init__(self, pads: list[int], ahead: int, rows: int, gone: int = 0) -> None:
+        self.pads, self.first, self.gone, self.rows, self.texts = pads, gone + ahead, gone, rows, len(pads)
         pad = torch.tensor(pads)
-        self.q, self.k = Positions.row(ahead, rows, pad=pad), Positions.row(0, KEYS, pad=pad)
+        self.q, self.k = Positions.row(self.first, rows, pad=pad), Positions.row(gone, KEYS, pad=pad)
 
     def place(self, text: int, query: int, key: int) -> tuple[int, int]:
-        return self.ahead + query - self.pads[text], key - self.pads[text]
+        return self.first + query - self.pads[text], self.gone + key - self.pads[text]
 
-    def pairs(self, rows: slice = slice(None), cols: slice | Tensor = slice(None)) -> Pairs:
+    def pairs(self, rows: slice = slice(None), cols: slice | Tensor = slice(0, KEYS)) -> Pairs:
         start, stop, _ = rows.indices(self.rows)
         return Pairs(self.q.take(slice(start, stop)), self.k.take(cols), HEADS, slice(start, stop), cols)
 
@@ -76,9 +76,16 @@ def by_table(laid: Laid, how: str, seed: int, share: float) -> Told:
     """A rule that is told of every pair, of each head and text its own."""
     draw = torch.Generator().manual_seed(seed)
     keep = torch.rand(laid.texts, HEADS, laid.rows, KEYS, generator=draw) < share
-    if how == "text":
-        text = keep[:, 0, 0]
-        return Padding(text), lambda b, h, i, j: bool(text[b, j])
+    if how == "text":  # nothing is said of the last
+        text = torch.cat([keep[:, 0, 0, : laid.gone], keep[:, 0, 0]], -1)[:, : laid.gone + KEYS - 1]
+        return Padding(text), lambda b, h, i, j: j < KEYS - 1 and bool(text[b, laid.gone + j])
+    if how == "blocks":
+        size, first = 1 + seed % 3, None if seed > 3 else torch.randint(0, 3, (laid.texts, 2), generator=draw)
+        at = torch.zeros(laid.texts, 2, dtype=torch.long) if first is None else first
+        table = keep[:1] if seed % 2 else keep[:, :1]
+        return Blocks(table, size, first), lambda b, h, i, j: bool(
+            table.expand_as(keep)[b, h, max(0, i - int(at[b, 0])) // size, max(0, j - int(at[b, 1])) // size]
+        )
     if how == "shown":
         shown = keep[:, :, 0]
         return Shown(shown), lambda b, h, i, j: bool(shown[b, h, j])
@@ -112,7 +119,9 @@ def one(laid: Laid) -> st.SearchStrategy[Told]:
             )
         ),
         st.tuples(
-            st.sampled_from(["text", "shown", "dense", "ranged", "arranged"]), some, st.sampled_from([0.2, 0.7])
+            st.sampled_from(["text", "shown", "dense", "ranged", "arranged", "blocks"]),
+            some,
+            st.sampled_from([0.2, 0.7]),
         ).map(lambda x: by_table(laid, *x)),
     )
 
@@ -134,9 +143,8 @@ def joined(laid: Laid, rules: st.SearchStrategy[Told]) -> st.SearchStrategy[Told
 
 @st.composite
 def drawn(draw: st.DrawFn) -> tuple[Laid, Rule, Tensor]:
-    laid = Laid(
-        draw(st.lists(st.integers(0, 4), min_size=1, max_size=2)), draw(st.integers(0, 5)), draw(st.integers(1, 6))
-    )
+    pads, ahead, rows = st.lists(st.integers(0, 4), min_size=1, max_size=2), st.integers(0, 5), st.integers(1, 6)
+    laid = Laid(draw(pads), draw(ahead), draw(rows), draw(st.sampled_from([0, 3])))
     rule, sees = draw(st.recursive(one(laid), lambda rules: joined(laid, rules), max_leaves=3))
     return laid, rule, laid.wanted(sees)
 
@@ -169,8 +177,8 @@ def test_ranges_spans_columns_and_tiles_tell_the_pairs_of_the_loops(told: tuple[
 @settings(max_examples=100)
 @given(st.data())
 def test_a_masks_ranges_are_what_all_of_its_rules_keep(data: st.DataObject) -> None:
-    laid = Laid([0, 2], 4, 5)
-    told = data.draw(st.lists(one(laid), max_size=3))
+    laid = Laid([0, 2], 4, 5, data.draw(st.sampled_from([0, 3])))
+    told = data.draw(st.lists(one(laid).filter(lambda told: not isinstance(told[0], Blocks)), max_size=3))
     mask, want = Mask(tuple(rule for rule, _ in told)), laid.wanted(lambda *at: all(sees(*at) for _, sees in told))
     kept = mask.keeps(laid.pairs())
     assert torch.equal(want, torch.ones_like(want) if kept is None else laid.whole(kept))
@@ -211,3 +219,53 @@ def test_blocks_lie_beside_what_a_masks_ranges_say() -> None:
     assert ranges is not None
     assert ranges[0, 0, :, 0].tolist() == [[0, i + 1] for i in range(5)]
     assert type(Causal().on((0,), HEADS)) is OnHeads
+
+
+def test_what_a_mask_says_of_itself() -> None:
+    laid, text = Laid([0], 5, 1), Padding(torch.ones(1, KEYS, dtype=torch.bool))
+    for rules, causal, only, plain in (
+        ((), False, False, True),
+        ((Causal(),), True, True, True),
+        ((Causal(), text), True, False, True),
+        ((text,), False, False, True),
+        ((Window(2), Causal()), True, False, False),
+        ((Window(2),), False, False, False),
+    ):
+        mask = Mask(rules)
+        assert (mask.causal, mask.only_causal, mask.plain) == (causal, only, plain)
+        assert mask.padding is (text if text in rules else None)
+        assert mask.idle(laid.q, laid.k) is (not rules)
+    behind = Positions(laid.k.index, laid.k.index, None, last=KEYS - 1)
+    for first, idle in ((KEYS - 2, False), (KEYS - 1, True), (KEYS, True)):
+        query = Positions.row(first, 1)
+        assert Mask((Causal(),)).idle(query, behind) is idle
+        assert not Causal().idle(Positions(query.index, query.index), behind)
+        assert (Mask((Causal(), text)).acting(query, behind) == [text]) is idle
+
+
+def test_the_last_places_of_a_row_are_those_that_hold_a_key() -> None:
+    index, filled = torch.arange(KEYS).view(1, 1, KEYS), torch.tensor([[3, KEYS]])
+    k = Positions(index, index, 0, (0, 0), index >= KEYS - filled[..., None], filled=filled)
+    for rules, stop in (((), KEYS), ((Causal(),), 10)):
+        ranges = Mask(rules).key_ranges(Positions.row(9, 1), k, 4)
+        assert ranges is not None
+        assert ranges.expand(1, 4, -1, -1, -1)[0, :, 0, 0].tolist() == [[8, stop], [8, stop], [0, stop], [0, stop]]
+
+
+def test_tables_of_blocks_are_one_where_they_begin_at_the_same_places() -> None:
+    """Of unlike sizes, for all heads or for each; behind the shorter of two nothing is said."""
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.rand(1, h, 12 // s, 12 // s, generator=draw) < 0.6 for h, s in ((1, 4), (HEADS, 6)))
+    at, elsewhere = torch.tensor([[1, 2]]), torch.tensor([[1, 3]])
+    for first in (None, at):
+        (found,) = Mask((Blocks(one, 4, first), Causal(), Blocks(other, 6, first))).blocks
+        assert (found.size, found.first) == (2, first)
+        rows, cols = torch.arange(12)[:, None], torch.arange(12)
+        want = one[..., rows // 4, cols // 4] & other[..., rows // 6, cols // 6]
+        assert torch.equal(found.table, want[..., ::2, ::2])
+    longer = Mask((Blocks(one, 4), Blocks(torch.ones(1, 1, 2, 5, dtype=torch.bool), 4))).blocks[0]
+    assert torch.equal(longer.table, one[..., :2, :])
+    for a, b in ((None, at), (at, None), (at, elsewhere)):
+        apart = Mask((Blocks(one, 4, a), Blocks(other, 6, b), Blocks(other, 6, b))).blocks
+        assert [x.size for x in apart] == [4, 6]
+        assert Blocks(one, 4, a).joined(Blocks(other, 6, b)) is None

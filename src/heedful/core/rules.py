@@ -164,9 +164,11 @@ class Ranged(Rule):
     ranges: Tensor
 
     def keeps(self, pairs: Pairs) -> Tensor:
-        start = pairs.cols.start or 0 if isinstance(pairs.cols, slice) else 0
-        columns = torch.arange(start, start + len(pairs.keys), device=self.ranges.device)
-        return self._holds(columns if isinstance(pairs.cols, slice) else pairs.cols, pairs.rows)
+        columns = pairs.cols
+        if isinstance(columns, slice):
+            start = columns.start or 0
+            columns = torch.arange(start, start + len(pairs.keys), device=self.ranges.device)
+        return self._holds(columns, pairs.rows)
 
     def _holds(self, places: Tensor, rows: slice) -> Tensor:
         """Which of these places, broadcastable to `[b h r k]`, lie in a range of their row."""
