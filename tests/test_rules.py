@@ -269,3 +269,18 @@ def test_tables_of_blocks_are_one_where_they_begin_at_the_same_places() -> None:
         apart = Mask((Blocks(one, 4, a), Blocks(other, 6, b), Blocks(other, 6, b))).blocks
         assert [x.size for x in apart] == [4, 6]
         assert Blocks(one, 4, a).joined(Blocks(other, 6, b)) is None
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 6), st.integers(0, 8), st.integers(1, 4), st.sampled_from([0, 3]))
+def test_a_plain_texts_span_is_from_the_first_key_seen_to_the_last(n: int, ahead: int, rows: int, gone: int) -> None:
+    laid = Laid([0], ahead, rows, gone)
+    index = laid.q.index
+    for rule in (Causal(), Window(n), Ahead(n), First(n), FirstQueries(n)):
+        seen = laid.whole(rule.keeps(laid.pairs())).flatten(0, -2).any(0).nonzero().flatten().tolist()
+        told = rule.span(laid.q, laid.k)
+        assert told is not None
+        assert columns(told) == (set(range(seen[0], seen[-1] + 1)) if seen else set())
+        unknown = [rule.span(Positions(index, index), laid.k), rule.span(laid.q, Positions(laid.k.index, laid.k.index))]
+        assert None in unknown
+        assert rule.span(Positions(index, index), Positions(laid.k.index, laid.k.index)) is None
