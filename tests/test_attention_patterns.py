@@ -151,6 +151,8 @@ def test_too_much_is_refused_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("heedful.explaining.attention_patterns.MOST", 2 * 4 * 4 * 19 * 19)
     with pytest.raises(FieldError, match=r"name fewer heads.*'19 tokens'"):
         heedful.patterns(model, IDS)
+    with pytest.raises(FieldError, match=r"text = '20 tokens'.*'19 tokens'"):  # and not those that the first rows see
+        heedful.patterns(model, IDS, stack=TempScale(0.5), tile_rows=1)
     assert heedful.patterns(model, IDS[:19])[1].shape == (4, 19, 19)
     assert heedful.patterns(model, IDS, heads=[(0, 1)])[0].shape == (1, 20, 20)
     assert MOST == 1 << 30

@@ -346,10 +346,13 @@ def test_doctor_serves_a_tiny_model() -> None:
         (["explain", "SinkWindow(widow=3)"], r"no such field. Did you mean window\? It has sinks, window"),
         (["explain", "SinkWindow(1, 2, 3)"], "takes at most 2 values"),
         (["explain", "SinkWindow(open"], "write it as in Python"),
-        (["explain", "|"], "no method named"),
+        (["explain", "|"], r"heedful explain\.METHOD = '\|': names no method; for example"),
+        (["explain", "ACT |"], r"METHOD = 'ACT \|': names no method beside a \|"),
+        (["explain", "ACT || SinkRate"], r"names no method beside a \|"),
         (["explain", "PruneHeads"], "is surgery, which needs no backend"),
         (["methods", "zzzz"], "no method mentions 'zzzz'"),
         (["doctor", "tiny:nothing"], "nothing"),
+        (["doctor", "[/red]"], r"'\[/red\]' is no file"),
     ],
 )
 def test_wrong_input_is_one_clear_error(words: list[str], message: str) -> None:

@@ -164,6 +164,8 @@ def test_a_log_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: py
         bars(Progress("answers", second, 1500))
     told = capsys.readouterr().err.splitlines()
     assert told == ["asking: 60 of 1,500, 1 answers/s", "asking: 120 of 1,500, 1 answers/s"]
+    bars(Progress("answers", 0, 1500, "tiny:llama: as it is called"))
+    assert capsys.readouterr().err == "tiny:llama: as it is called\n"
     shown = Bars({"answers": ("asking", "answers")})  # on a terminal the bar itself tells
     shown.console = Console(stderr=True, force_terminal=True)
     clock[0] = 1000.0

@@ -174,6 +174,7 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["small", "--out", "/dev/null"], "is a file, and must be the name of a folder"),
         (["small", "--corpus", "no.jsonl"], "there is no such file or folder"),
         (["small", "--workers", "2"], "there is none. Name one: --corpus"),
+        (["small", "--column", "body"], "--column body: is of a corpus, and there is none. Name one: --corpus"),
         (["small", "--corpus", "/etc/hostname", "--text", "/etc/hostname"], "one of them is read"),
         (["small", "--corpus", "/etc/hostname", "--workers", "0"], "must be 1 or more"),
         (["smol", "--corpus", "/etc/hostname", "--workers", "0"], "must be 1 or more"),  # before the model loads
@@ -188,7 +189,8 @@ def test_wrong_input_is_a_plain_error(words: list[str], message: str, tmp_path: 
 
 
 def test_a_model_without_a_tokenizer_reads_drawn_tokens() -> None:
-    assert "1 text of 256 tokens" in told("tiny:llama", "--no-page", "--measures", "SinkRate").output
+    found = told("tiny:llama", "--no-page", "--measures", "SinkRate").stdout
+    assert found.startswith("tiny:llama: 2 layers of 4 heads, 1 text of 256 tokens")  # and ":llama:" is no picture
 
 
 def test_a_model_that_reads_no_english_asks_for_a_text(tmp_path: Path) -> None:

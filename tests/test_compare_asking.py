@@ -16,7 +16,7 @@ from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered
 from heedful.bench.results import PLAIN
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError, SiteError, UnknownFieldError
 from heedful.core.kinds.conversion import Progress
 from heedful.core.kinds.tokens import Prompt
 from heedful.core.method import Method
@@ -188,3 +188,8 @@ def test_what_every_task_refuses_costs_nothing_and_is_told_once(
     assert [p.contender for p in found.prices] == [PLAIN, "Needy"]
     told = [finding.text for finding in found.description().findings if "Never" in finding.text]
     assert told == ["Never was refused on Echo(length=20), on Echo(length=24) and on loss: never"]
+
+
+def test_a_misspelt_argument_is_refused_before_anything_is_asked(loaded: models.Loaded) -> None:
+    with pytest.raises(UnknownFieldError, match=r"compare\(\)\.prompt = 2: .*Did you mean prompts\? .*, backend, "):
+        compare(loaded, [TempScale(0.5)], [Echo()], prompt=2, progress=lambda now: pytest.fail(str(now)))

@@ -269,6 +269,24 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "holds int and no text" in reasons(Corpus(tmp_path / "corpus.parquet", "n"))[0]
 
 
+def test_a_file_that_holds_nothing_is_named(model: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name, held in {"a.jsonl": b"", "b.jsonl": b"\n \n" * 90}.items():
+        (tmp_path / name).write_bytes(held)
+        assert reasons(Corpus(tmp_path / name)) == [f"{tmp_path / name} holds no line"]
+    with pytest.raises(FieldError, match=r"a\.jsonl holds no line': none of these can be read"):
+        diagnose(model, Corpus(tmp_path / "a.jsonl"), tokenizer=characters())
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    assert reasons(Corpus(tmp_path / "c.parquet")) == [
+        f"{tmp_path / 'c.parquet'} from row 0 cannot be read (it has no row)"
+    ]
+    padded = tmp_path / "d.jsonl"
+    padded.write_bytes(b"\n" * 500 + b'{"text": "The keys"}\n')
+    assert reasons(Corpus(padded, shard=100)) == []
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -297,6 +297,11 @@ def test_what_edits_is_no_measure(measures: Any) -> None:
         chosen(measures)
 
 
+def test_a_class_is_no_measure() -> None:
+    with pytest.raises(FieldError, match=r"measures = .*SinkRate.*for example measures=\['SinkRate'\]"):
+        diagnose(models.tiny("llama"), WORDS, measures=[SinkRate])  # type: ignore[list-item]
+
+
 def test_measures_by_name_each_once() -> None:
     assert chosen(["sinkrate", SinkRate(), "sinkrate(epsilon=0.1)"]) == (SinkRate(), SinkRate(0.1))
     with pytest.raises(FieldError, match="names none"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
+from heedful import attach, edit, models
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError
 from heedful.core.method import Method
@@ -86,4 +86,23 @@ def test_a_change_in_place_is_an_error(kind: Any, mode: Any) -> None:
         run = attach(model, kind())
         with pytest.raises(SiteError, match="changed its input in place"):
             run(input_ids=IDS, use_cache=True)
+        run.close()
+
+
+def test_it_is_the_same_error_where_torch_sees_it_first() -> None:
+    def first_away(weights: Tensor, call: Call) -> Tensor:
+        weights[:, 0] = 0  # a view, which torch lets nobody change where there are gradients
+        return weights
+
+    def own(weights: Tensor, call: Call) -> Tensor:
+        return torch.zeros(2, requires_grad=True).mul_(2)
+
+    model = models.tiny("llama").eval()
+    for function, kind, message in (
+        (first_away, SiteError, "PATTERN, layer 0: changed its input in place"),
+        (own, RuntimeError, "a leaf Variable"),
+    ):
+        run = attach(model, edit(Site.PATTERN, function))
+        with pytest.raises(kind, match=message):
+            run(input_ids=IDS)
         run.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 import heedful
 from heedful import attach, attached, edit, fit
@@ -162,6 +163,9 @@ def test_a_stack_may_be_spelled(model: nn.Module) -> None:
     for nothing in ("", " | "):
         with pytest.raises(FieldError, match="names no method"):
             attach(model, nothing)
+    for half in ("sinkrate |", "| sinkrate", "sinkrate || sinkwindow"):
+        with pytest.raises(FieldError, match=r"attach\(\)\.what = .*names no method beside a \|; for example"):
+            attach(model, half)
     with pytest.raises(HeedfulError, match=r"a stack holds methods, not PruneHeads.*, which goes to heedful\.operate"):
         attach(model, "pruneheads")
 
@@ -373,3 +377,10 @@ def test_roles_reach_a_method(model: nn.Module) -> None:
 def test_a_text_is_refused_where_tokens_are_read(model: nn.Module, verb: str) -> None:
     with attach(model, Scale()) as run, pytest.raises(FieldError, match=r"reads no text; .*inputs=\*\*tokenizer\(text"):
         getattr(run, verb)("Paris is the capital of")
+
+
+@pytest.mark.parametrize("verb", ["__call__", "generate", "difference"])
+def test_all_that_a_tokenizer_gives_is_refused_as_one_argument(model: nn.Module, verb: str) -> None:
+    given = BatchEncoding({"input_ids": torch.ones(1, 4, dtype=torch.long)})
+    with attach(model, Scale()) as run, pytest.raises(FieldError, match=r"a BatchEncoding: .*unpack them with \*\*; "):
+        getattr(run, verb)(given)

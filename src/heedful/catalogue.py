@@ -121,6 +121,11 @@ def named(name: str) -> type[CatalogueEntry]:
 
 def parted(text: str, by: str = ",") -> list[str]:
     """What stands between commas, but for those within brackets."""
+    return [part for part in _between(text, by) if part]
+
+
+def _between(text: str, by: str) -> list[str]:
+    """The same, with the places where nothing stands."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -128,7 +133,7 @@ def parted(text: str, by: str = ",") -> list[str]:
             parts.append("")
         else:
             parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
+    return [part.strip() for part in parts]
 
 
 def entry_from(text: str) -> CatalogueEntry:
@@ -137,13 +142,20 @@ def entry_from(text: str) -> CatalogueEntry:
     return written(text, kind, kind.example())
 
 
+def joined(text: str, owner: str, field: str) -> list[CatalogueEntry]:
+    """What `|` joins, each by its name; a place without a name is refused."""
+    names = _between(text, "|")
+    if not all(names):
+        rule = "names no method beside a |" if any(names) else "names no method"
+        raise FieldError(owner, field, text, rule, "SinkWindow | TempScale")
+    return [entry_from(name) for name in names]
+
+
 def stack_from(text: str, owner: str = "compare()", field: str = "methods") -> Contender:
     """What can be tried on a model: one step, or methods joined by `|`; without settings, with the defaults."""
-    entries = [entry_from(part) for part in parted(text, "|")]
+    entries = joined(text, owner, field)
     if len(entries) == 1 and not isinstance(entries[0], Weights):
         return entries[0]  # type: ignore[return-value]  # every other kind of entry is one
-    if not entries:
-        raise FieldError(owner, field, text, "names no method", "SinkWindow | TempScale")
     for entry in entries:
         if not isinstance(entry, Method):
             rule = f"{type(entry).__name__} is {entry.kind}, which cannot be joined"

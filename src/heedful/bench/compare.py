@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from heedful.adapters.choosing import adapter_for
 from heedful.adapters.wrapped import device_of, inside
-from heedful.api import still
+from heedful.api import attach, still
 from heedful.bench.asking import Asked, Asker, going_on, require_fit
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
@@ -23,7 +24,7 @@ from heedful.bench.results import MARGIN, PLAIN
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.code import code_of
-from heedful.core.errors import Code, FieldError, HeedfulError, RefusedModel, WriteError
+from heedful.core.errors import Code, FieldError, HeedfulError, RefusedModel, UnknownFieldError, WriteError
 from heedful.core.figures import a_few, counted
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds.conversion import Progress, Report
@@ -196,6 +197,10 @@ def require(
     how: Mapping[str, Any],
 ) -> None:
     """Refuse what no comparison can be made of, before anything takes time."""
+    known = [*signature(compare).parameters][:-1] + [*signature(attach).parameters][2:]
+    for name, value in how.items():
+        if name not in known:
+            raise UnknownFieldError("compare()", name, value, known)
     require_counts(prompts, minutes, margin, turns, how.get("backend", "auto"))
     if not tasks:
         raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from heedful.cli.progress import Bars
     from heedful.diagnosis.workers import Ray
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)  # "tiny:llama:" has none
 
 
 def workers_from(workers: int | None, ray: str) -> Ray | None:

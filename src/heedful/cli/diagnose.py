@@ -175,7 +175,7 @@ def diagnose(
         Path | None,
         typer.Option(help="Many texts instead: a JSONL or Parquet file, or a folder of these or of texts."),
     ] = None,
-    column: Annotated[str, typer.Option(help="What the corpus calls its texts.")] = "text",
+    column: Annotated[str | None, typer.Option(help="What the corpus calls its texts; text if left out.")] = None,
     workers: Annotated[int | None, typer.Option(help="So many processes read the corpus, by Ray.")] = None,
     ray: Annotated[str, typer.Option(help="Workers of the Ray cluster at this address; auto finds it.")] = "",
     length: Annotated[int | None, typer.Option(help="Tokens that one forward reads at most; 2048 if left out.")] = None,
@@ -200,6 +200,8 @@ def diagnose(
     require_files(given)
     if corpus is None and (workers is not None or ray):
         raise HeedfulError("--workers and --ray share a corpus, and there is none. Name one: --corpus texts.jsonl")
+    if corpus is None and column is not None:
+        raise HeedfulError(f"--column {column}: is of a corpus, and there is none. Name one: --corpus texts.jsonl")
     shared = workers_from(workers, ray)
     if prompts is not None:
         rest = {"measures": measures, "length": length, "backend": backend != "auto"}
@@ -213,7 +215,7 @@ def diagnose(
         from heedful.diagnosis.corpus import Corpus
         from heedful.diagnosis.run import diagnose as run
 
-        asked = Corpus(corpus, column) if corpus is not None else None
+        asked = Corpus(corpus, column or "text") if corpus is not None else None
         loaded = models.load(model)
     with stopping(bars, out):
         profile = run(

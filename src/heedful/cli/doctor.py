@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from heedful.cli.console import console
 from heedful.core.errors import ModelError
@@ -52,12 +53,12 @@ def doctor(
     from heedful.adapters.choosing import adapter_for
     from heedful.adapters.projections import projections
 
-    with console.status(f"loading {model}"):
+    with console.status(f"loading {escape(model)}"):
         loaded = models.load(model)
     adapter = adapter_for(loaded.model)
     kind = type(loaded.model).__name__
     served = counted(len(adapter.layer_names), "attention layer")
-    console.print(f"[green]served[/]: {served} of {kind} ({loaded.name})")
+    console.print(f"[green]served[/]: {served} of {kind} ({escape(loaded.name)})")
     if adapter.unseen:
         first, more = adapter.unseen[0], len(adapter.unseen) - 1
         which = f"{first} and {more} more compute" if more else f"{first} computes"
@@ -65,14 +66,14 @@ def doctor(
     try:
         sizes = {(s.heads, s.kv_heads, s.head_dim) for s in adapter.sizes()}
     except ModelError as reason:
-        console.print(f"[yellow]no learned parameters[/]: {reason}", markup=True)
+        console.print(f"[yellow]no learned parameters[/]: {escape(str(reason))}")
     else:
         console.print("; ".join(f"{h} query heads, {g} key heads, {d} wide" for h, g, d in sorted(sizes)))
     try:
         for name in adapter.layer_names:
             projections(loaded.model, name, 0)
     except ModelError as reason:
-        console.print(f"[yellow]no surgery[/]: {reason}", markup=True)
+        console.print(f"[yellow]no surgery[/]: {escape(str(reason))}")
 
 
 def _served_of_timm(name: str) -> None:
@@ -90,7 +91,7 @@ def _served_of_timm(name: str) -> None:
         way = wants if "torchvision" in str(error) else ""
         raise ModelError(f"timm:{name}: {error}{way}") from error
     pictures = torch.zeros(2, *made.default_cfg["input_size"])  # one does not tell how several stand beside the heads
-    with console.status(f"running {name}"):
+    with console.status(f"running {escape(name)}"):
         adapter = adapter_for(made, None, pictures)
     names, sizes = adapter.layer_names, {(s.heads, s.kv_heads, s.head_dim) for s in adapter.sizes()}
     console.print(

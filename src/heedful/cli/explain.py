@@ -18,11 +18,11 @@ def explain_backends(
     sink: Annotated[bool, typer.Option(help="As in a model with learned sink logits.")] = False,
 ) -> None:
     """Say how a method or a stack would be computed, with every reason against the other ways."""
-    from heedful.catalogue import entry_from, parted
+    from heedful.catalogue import joined
     from heedful.core.method import Method, Stack
     from heedful.engine.select import explain
 
-    parts = [entry_from(name) for joined in names for name in parted(joined, "|") or [joined]]
+    parts = [part for name in names for part in joined(name, "heedful explain", "METHOD")]
     for part in parts:
         if not isinstance(part, Method):
             raise DefinitionError(f"{type(part).__name__} is {part.kind}, which needs no backend; name a method")

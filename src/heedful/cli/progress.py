@@ -26,7 +26,7 @@ class Bars:
 
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"))
         self.stages = stages
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self.progress = Progress(
             *columns,
             TimeRemainingColumn(),

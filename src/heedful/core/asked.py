@@ -27,7 +27,7 @@ _BY_NAME: dict[str, Any] = {
     "roles": {"marked": ((0, 4),)}, "heads": [(3, 1)], "receivers": [(3, 1)], "layers": [0], "only": "model",
     "batches": [{"input_ids": "ids"}], "tasks": ["needle"], "methods": ["SnapKV(0.25)"], "parts": ("TempScale(0.9)",),
     "tokenizer": Code("AutoTokenizer.from_pretrained(name)"), "path": "found", "statistics": {},
-    "folder": "kept", "name_or_path": "default", "mechanisms": ["MALA()"],
+    "measures": ["SinkRate"], "folder": "kept", "name_or_path": "default", "mechanisms": ["MALA()"],
 }  # fmt: skip
 _BY_KIND: dict[str, Any] = {
     "Module": Code("models.default().model"), "Loaded": Code("models.default()"), "Method": Code("TempScale(0.9)"),

@@ -103,7 +103,7 @@ class Lines(Stretch):
     """Lines of JSON in a file, from byte to byte."""
 
     def read(self) -> Iterator[Source]:
-        place = self.start
+        place, told = self.start, False
         try:
             with self.whole.open("rb") as file:
                 if place:  # a line that begins before is another shard's
@@ -117,7 +117,10 @@ class Lines(Stretch):
                     elif line.strip():
                         text, why = _text_of(line, self.column)
                         yield Source(name, text, found=True, unread=why)
+                    told = told or bool(line.strip())
                     place += size
+                if not told and not self.start and not file.read(1):
+                    yield Source(str(self.whole), found=True, unread="holds no line")
         except OSError as error:
             yield Source(f"{self.whole} from byte {place}", found=True, unread=f"cannot be read ({error.strerror})")
 
@@ -140,6 +143,8 @@ class Table(Stretch):
                     begin, end = end, end + file.metadata.row_group(i).num_rows
                     if begin < self.stop and end > self.start:
                         groups.append((i, begin))
+                if not end:
+                    raise LookupError("it has no row")
                 row = groups[0][1] if groups else 0
                 for batch in file.iter_batches(1024, row_groups=[i for i, _ in groups], columns=[self.column]):
                     inside = batch.slice(max(0, self.start - row), max(0, self.stop - max(row, self.start)))
@@ -230,7 +235,7 @@ def _shards(some: Sequence[Path], column: str, size: int) -> Iterator[Shard]:
     if path.suffix.lower() in LINES:
         yield from _cut(Lines, path, column, _size(path) or 1, size)  # one for what has none, to tell why
     elif path.suffix.lower() in TABLES:
-        rows = _row_count(path)
+        rows = _row_count(path) or 1  # likewise
         step = max(1, rows * size // max(1, _size(path)))
         yield from _cut(Table, path, column, rows, step)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,9 @@ def _require_heads(part: Scoped, highest: int, heads: dict[int, int | None]) -> 
 
 
 def require_tokens(model: nn.Module, given: Sequence[Any]) -> None:
-    """Refuse a text where a model of transformers reads tokens."""
-    if given and isinstance(given[0], str) and hasattr(model, "get_input_embeddings"):
+    """Refuse a text where a model of transformers reads tokens, and all that a tokenizer gives as one argument."""
+    if given and isinstance(given[0], str | Mapping) and hasattr(model, "get_input_embeddings"):
+        why = "reads no text" if isinstance(given[0], str) else "takes each by its name: unpack them with **"
+        value = given[0] if isinstance(given[0], str) else Code(f"a {type(given[0]).__name__}")
         good = Code("**tokenizer(text, return_tensors='pt')")
-        raise FieldError("Run", "inputs", given[0], "must be what the model is called with, which reads no text", good)
+        raise FieldError("Run", "inputs", value, f"must be what the model is called with, which {why}", good)

@@ -10,6 +10,8 @@ from heedful.core.errors import SiteError
 from heedful.core.method import Step
 from heedful.engine.attention_call import AttentionCall
 
+OURS = "view was created inside a custom Function"  # what torch says of a change in place of what we hand over
+
 
 class Untouched:
     """A `with` that sees to it that a step leaves what it is handed as it was.
@@ -31,7 +33,9 @@ class Untouched:
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, RuntimeError) and OURS in str(error):  # torch saw it first, as it does with gradients
+            raise self._changed from error
         if kind is not None:
             return
         for x, version in self.counted:

@@ -132,16 +132,17 @@ class _Whole(Method):
         if b != 1:
             raise FieldError("patterns()", "text", b, "must be one text; take texts one at a time", Code("texts[0]"))
         stop = int(call.keys.index.max()) + 1
-        size = 4 * (self.layers or call.depth) * h * (self.tokens or stop) * stop
+        whole = max(self.tokens, stop)  # the first rows see few keys, and those to come all
+        size = 4 * (self.layers or call.depth) * h * (self.tokens or stop) * whole
         if size > MOST:
             rule = f"makes maps of {size / 1e9:.1f} GB; name fewer heads, cut the text, or read it with diagnose()"
-            good = f"{int(stop * (MOST / size) ** 0.5)} tokens"
-            raise FieldError("patterns()", "text", f"{stop} tokens", rule, good)
-        whole = weights.new_zeros(h, r, stop)
-        whole[..., call.keys.index[0, 0]] = weights[0]
+            good = f"{int(whole * (MOST / size) ** 0.5)} tokens"
+            raise FieldError("patterns()", "text", f"{whole} tokens", rule, good)
+        shown = weights.new_zeros(h, r, stop)
+        shown[..., call.keys.index[0, 0]] = weights[0]
         rows = f"{call.rows.start or 0:09d}"
         require_once("patterns()", call, rows)
-        return Cat.of(rows, whole)
+        return Cat.of(rows, shown)
 
 
 @torch.no_grad()
