@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from heedful.conformance.bare import Bare, Shape
 from heedful.core.call import Call
@@ -54,6 +55,16 @@ def test_what_is_an_image_read_at_once() -> None:
 def test_missing_patches_are_refused() -> None:
     with pytest.raises(SiteError, match=r"layer 0: 8 of the 3 x 4 patches are among the tokens, and all of them are"):
         patch_tokens(BiLevelRoutingAttention(), _call(Region(((1, 13),), (3, 4))))
+
+
+def test_patches_that_are_there_twice_are_refused() -> None:
+    """As in a row in which two texts are packed, that each have some."""
+    call = _call()
+    packed = call.queries.take(torch.tensor([*range(9), *range(4)]))
+    with pytest.raises(
+        SiteError, match=r"layer 0: 8 of the 2 x 3 patches are among the tokens, and each is needed once"
+    ):
+        patch_tokens(BiLevelRoutingAttention(), replace(call, queries=packed))
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (6, 4)])

@@ -19,6 +19,7 @@ from heedful.core.entry import Layer
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Blocks, Causal, Dense, Mask, Window
 from heedful.core.positions import Positions
+from heedful.core.rules import OnHeads
 from heedful.kit.chosen import TOGETHER, Chosen, Reached
 from heedful.methods import DynamicMaskAttention, SinkWindow
 
@@ -87,18 +88,21 @@ def _best(call: Call, keep: int, table: Tensor | None = None) -> Tensor:
     """The keys of highest counts among those that each row may see, all so far where no table says otherwise."""
     assert call.value is not None
     told = call.value.transpose(1, 2).flatten(2) @ call.params["weight"].mT
-    counts = torch.exp(call.params["rate"] * torch.log(1 + torch.exp(told))).mT.repeat_interleave(2, 1)
+    counts = torch.exp(call.params["rate"] * torch.log(1 + torch.exp(told))).mT.repeat_interleave(
+        call.heads // call.kv_heads, 1
+    )
     n = counts.shape[-1]
     table = torch.ones(*counts.shape[:2], n, n, dtype=torch.bool).tril() if table is None else table
     best = counts[:, :, None].expand(table.shape).masked_fill(~table, -1).topk(keep).indices
     return torch.zeros_like(table).scatter(-1, best, True) & table
 
 
+@pytest.mark.parametrize("g", [1, 2])
 @pytest.mark.parametrize("keep", [3, 150])
-def test_of_a_long_text_each_row_sees_the_best_it_may_and_no_more(keep: int) -> None:
+def test_of_a_long_text_each_row_sees_the_best_it_may_and_no_more(keep: int, g: int) -> None:
     """Longer than what is picked at once, by a mask for each head that some rows see nothing of."""
     n, draw = TOGETHER + 44, torch.Generator().manual_seed(2)
-    method, bare = DynamicMaskAttention(keep, start=0.7, spread=0.3), _bare(Shape(q=n, k=n))
+    method, bare = DynamicMaskAttention(keep, start=0.7, spread=0.3), _bare(Shape(g=g, q=n, k=n))
     bare.call = replace(bare.call, value=bare.v, params=parameters(method, bare.shape.layer, bare.dtype))
     table = (torch.rand(2, 4, n, n, generator=draw) < 0.7).tril()
     table[0, 1, -40:-20] = False
@@ -118,6 +122,16 @@ def test_where_a_querys_keys_are_one_range_no_pair_is_picked() -> None:
         assert type(picked) is kind
         pairs = call.tile(slice(0, N), slice(0, N)).pairs
         assert torch.equal(picked.keeps(pairs) & Causal().keeps(pairs), _best(call, 3))
+
+
+def test_heads_that_share_one_key_head_may_have_ranges_of_their_own() -> None:
+    method, bare = DynamicMaskAttention(3, start=0.7, spread=0.3), _bare(Shape(g=1, q=N, k=N))
+    call = replace(bare.call, value=bare.v, params=parameters(method, bare.shape.layer, bare.dtype))
+    pairs = call.tile(slice(0, N), slice(0, N)).pairs
+    before = Mask((Causal(), OnHeads(Window(5), (0, 2), 4)))
+    after = method.choose(before, call)
+    assert isinstance(after.rules[-1], Reached)
+    assert torch.equal(after.keeps(pairs), _best(call, 3, before.keeps(pairs).expand(2, -1, -1, -1)))
 
 
 def test_of_equals_the_newest_are_seen_so_that_it_begins_as_a_window() -> None:

@@ -17,6 +17,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Blocks, Causal, Mask, Where, Window
+from heedful.core.rules import OnHeads
 from heedful.core.state import State
 from heedful.kit.chosen import Chosen
 from heedful.methods import SparseK
@@ -92,6 +93,16 @@ def test_thresholds_are_sought_for_a_block_of_rows_at_a_time(monkeypatch: pytest
     for rows in (1, 4, N):
         monkeypatch.setattr(sparse_k, "ROWS", rows)
         assert close(bare.run(SparseK(3), "reference", params=params)[0], want)
+
+
+@pytest.mark.parametrize("rows", [1, N])  # by ranges, and pair by pair
+@pytest.mark.parametrize("g", [1, 2])
+def test_each_head_may_be_behind_a_mask_of_its_own(g: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_k, "ROWS", rows)
+    bare, params = _bare(Shape(g=g, q=N, k=N), rules=(Causal(), OnHeads(Window(6), (0, 2), 4)))
+    narrow, wide = (_by_loops(bare, params["score"], 3, lambda b, i, j, n=n: 0 <= i - j < n) for n in (6, N))
+    want = torch.stack([narrow[:, 0], wide[:, 1], narrow[:, 2], wide[:, 3]], 1)
+    assert close(bare.run(SparseK(3), "reference", params=params)[0], want)
 
 
 def test_ranges_are_asked_for_more_rows_than_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def sides(call: Call) -> tuple[int, int]:
 
 
 def patch_tokens(method: Method, call: Call) -> Tensor:
-    """Which tokens the patches are, row by row `[patches]`; some that are missing are refused."""
+    """Which tokens the patches are, row by row `[patches]`; where some are missing, or there twice, that is refused."""
     return _row_by_row(method, call, call.coordinates("patches")[0], "tokens")
 
 
@@ -43,9 +43,10 @@ def _row_by_row(method: Method, call: Call, places: Tensor, name: str) -> Tensor
     rows, cols = sides(call)
     at = places[0, 0]  # [n 2]
     tokens = (at[:, 0] >= 0).nonzero()[:, 0]
-    if len(tokens) < rows * cols:
-        rule = f"{len(tokens)} of the {rows} x {cols} patches are among the {name}, and all of them are needed"
-        raise SiteError(f"{method!r}, layer {call.layer}: {rule}")
+    if (found := len(tokens)) != rows * cols:
+        rule = "all of them are needed" if found < rows * cols else "each is needed once, as in a row that is one text"
+        told = f"{found} of the {rows} x {cols} patches are among the {name}"
+        raise SiteError(f"{method!r}, layer {call.layer}: {told}, and {rule}")
     return tokens[(at[tokens, 0] * cols + at[tokens, 1]).argsort()]
 
 

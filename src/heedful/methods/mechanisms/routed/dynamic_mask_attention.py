@@ -80,7 +80,7 @@ class DynamicMaskAttention(Method):
             return mask
         newest_first = _counts(call, slice(None)).detach().flip(-1)  # a stable sort leaves the newest of equals first
         order = total - 1 - newest_first.argsort(dim=-1, descending=True, stable=True)
-        order = spread_heads(order, call.heads)  # [b h k]
+        order = spread_heads(order, call.heads).expand(-1, call.heads, -1)  # [b h k], since a mask may differ by head
         rank = order.argsort(-1)  # of each key
         seen = None if mask.blocks else mask.key_ranges(call.queries, call.keys, call.heads)
         if seen is not None and seen.shape[3] == 1:  # a query's keys are one range, as in a plain text

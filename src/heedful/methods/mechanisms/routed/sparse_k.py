@@ -77,7 +77,8 @@ class SparseK(Method):
             raise SiteError(f"SparseK, layer {call.layer}: the block is not handed hidden states to score by")
         (weight,) = wide(call.params["score"])
         told = of_keys(call, "scores", (call.hidden.flatten(1, -2).to(weight.dtype) @ weight.mT).mT[..., None])[..., 0]
-        scores, total = spread_heads(told, call.heads), told.shape[-1]
+        scores = spread_heads(told, call.heads).expand(-1, call.heads, -1)  # a mask may differ by head
+        total = told.shape[-1]
         known = scores.isfinite()[:, :, None]
         rank = _rising(scores)[1].argsort(-1)
         looked_at = len(call.queries) <= ROWS or bool(mask.blocks) or not bool(known.all())
