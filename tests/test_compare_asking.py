@@ -193,3 +193,17 @@ def test_what_every_task_refuses_costs_nothing_and_is_told_once(
 def test_a_misspelt_argument_is_refused_before_anything_is_asked(loaded: models.Loaded) -> None:
     with pytest.raises(UnknownFieldError, match=r"compare\(\)\.prompt = 2: .*Did you mean prompts\? .*, backend, "):
         compare(loaded, [TempScale(0.5)], [Echo()], prompt=2, progress=lambda now: pytest.fail(str(now)))
+
+
+def test_where_every_method_is_refused_nobody_is_asked_on(loaded: models.Loaded) -> None:
+    class Never(Needy):
+        paper = PAPER
+
+        @at(Site.PATTERN)
+        def look(self, pattern: Tensor, call: Call) -> Tensor:
+            raise SiteError("never")
+
+    told: list[str] = []
+    found = compare(loaded, [Never()], [Echo()], prompts=40, turns=1, progress=lambda now: told.append(now.note))
+    assert "every method was refused, on every task" in told
+    assert {x.number for x in found.records if isinstance(x, Answered)} == set(range(further(0)))

@@ -15,7 +15,7 @@ from heedful import attach, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.entry import Probe, Readings
-from heedful.core.errors import FieldError, RefusedModel, StatisticError
+from heedful.core.errors import FieldError, RefusedModel, StatisticError, UnknownFieldError
 from heedful.core.figures import Role
 from heedful.core.kinds.conversion import Progress
 from heedful.core.method import Method, Stack
@@ -356,3 +356,8 @@ def test_several_windows_at_once_are_read_as_one_by_one_by_both_halves(kind: str
     profiles = [diagnose(model, texts, measures=[SinkRate()], batch=batch) for batch in (1, 3)]
     one, several = (profile.answer(SinkRate()).importance for profile in profiles)
     assert all(close_model(x.nan_to_num(-1.0).float(), one[n].nan_to_num(-1.0).float()) for n, x in several.items())
+
+
+def test_a_misspelt_argument_is_refused_by_the_verb_that_was_given_it() -> None:
+    with pytest.raises(UnknownFieldError, match=r"diagnose\(\)\.lenght = 5: .*Did you mean length\? .*, backend, "):
+        diagnose(models.tiny("llama"), torch.arange(9), lenght=5)

@@ -352,6 +352,8 @@ def test_a_plain_function_is_an_edit() -> None:
         edit("pattern", mirror)  # type: ignore[arg-type]
     with pytest.raises(FieldError, match="must be Callable"):
         edit(Site.PATTERN, 3)  # type: ignore[arg-type]
+    with pytest.raises(FieldError, match=r"edit\(\).function = .*TempScale.*: must be a function, and no class"):
+        edit(Site.PATTERN, TempScale)
     with pytest.raises(FieldError, match="must take the site's value and the call"):
         edit(Site.PATTERN, lambda weights: weights)  # type: ignore[arg-type, misc]
 

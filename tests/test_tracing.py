@@ -168,6 +168,7 @@ def test_it_is_printed_drawn_and_shown() -> None:
         ({"what": "heads", "heads": [(2, 0)]}, "of the model's 2 layers"),
         ({"what": "heads", "heads": [(0, 4)]}, "of the model's 2 layers"),
         ({"answer": 4096}, "must be a token from 0 to"),
+        ({"instead": RIGHT}, "instead = .*begins with token .*, as the answer does"),
     ],
 )
 def test_says_what_is_wrong(model: Any, how: dict[str, Any], match: str) -> None:

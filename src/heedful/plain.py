@@ -20,6 +20,9 @@ class _Plain(Method, abstract=True):
     function: Callable[[Any, Call], Any]
 
     def __post_init__(self) -> None:
+        if isinstance(self.function, type):
+            rule = "must be a function, and no class"
+            raise FieldError("edit()", "function", self.function, rule, Code("lambda value, call: 2 * value"))
         try:
             inspect.signature(self.function).bind("value", "call")
         except TypeError as error:

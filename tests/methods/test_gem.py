@@ -151,9 +151,11 @@ def test_a_projection_without_a_bias_adds_none() -> None:
 def test_random_projections_are_the_seeds_own() -> None:
     for seed, layer in ((3, 2), (0, 1)):
         wanted = torch.randn(12, 3, 4, generator=torch.Generator().manual_seed(4099 * seed + layer))
-        maps, bias = map_of(GEM(seed=seed), layer, 3, 4)
+        maps, bias = map_of(GEM(seed=seed), replace(Bare().call, layer=layer, hidden=None), 3, 4)
         assert torch.equal(maps, wanted)
         assert bias.tolist() == [0.0] * 12
+    wide = replace(Bare().call, hidden=torch.zeros(1, 2, 10))  # a stream that is not as wide as the heads together
+    assert [x.shape[0] for x in map_of(GEM(seed=0), wide, 3, 4)] == [10, 10]
     assert GEM.example() == GEM(last=1, seed=0)
     assert (GEM().last, GEM().rounds, GEM().temperature, GEM().of) == (6, 1, None, ("query", "key", "value"))
 

@@ -165,7 +165,9 @@ def test_numbers_and_random_projections() -> None:
     assert ImageDecomposition.example() == ImageDecomposition(seed=0)
     for seed, layer in ((3, 2), (0, 1)):
         wanted = torch.randn(12, 3, 4, generator=torch.Generator().manual_seed(4099 * seed + layer))
-        assert torch.equal(map_of(ImageDecomposition(seed=seed), layer, 3, 4)[0], wanted)
+        assert torch.equal(
+            map_of(ImageDecomposition(seed=seed), replace(Bare().call, layer=layer, hidden=None), 3, 4)[0], wanted
+        )
 
 
 def test_errors() -> None:

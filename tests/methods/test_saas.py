@@ -156,6 +156,14 @@ def test_without_steps_layers_before_tell() -> None:
         assert close(found[1][b], followed(patterns[1][b], factors(given(patterns[0][b]), ROWS, COLS, 1.0, 1.0)))
 
 
+def test_rows_whose_weights_another_method_made_negative_keep_their_size() -> None:
+    signed = [maps(0) - 0.08, maps(1) - 0.08]
+    second = Layers(SaaS()).step(signed, None)[1]
+    assert bool((signed[1] < 0).any())
+    assert close(second.abs().sum(-1), signed[1].abs().sum(-1))
+    assert not close(second, signed[1])
+
+
 def test_each_text_has_words_and_a_source_of_its_own() -> None:
     patterns = [maps(0), maps(1)]
     roles = [ROLES, {"source": ((4, 5), (12, 13)), "first": ((1, 3),), "second": ((11, 12),)}]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from heedful.bench.numbers import size_from
 from heedful.bench.records import Answered, Cost, Log, Refused, costs_at
 from heedful.bench.results import MARGIN, PLAIN
 from heedful.catalogue import stack_from
-from heedful.core.asked import asks
+from heedful.core.asked import asks, require_passed
 from heedful.core.code import code_of
-from heedful.core.errors import Code, FieldError, HeedfulError, RefusedModel, UnknownFieldError, WriteError
+from heedful.core.errors import Code, FieldError, HeedfulError, RefusedModel, WriteError
 from heedful.core.figures import a_few, counted
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds.conversion import Progress, Report
@@ -197,10 +196,7 @@ def require(
     how: Mapping[str, Any],
 ) -> None:
     """Refuse what no comparison can be made of, before anything takes time."""
-    known = [*signature(compare).parameters][:-1] + [*signature(attach).parameters][2:]
-    for name, value in how.items():
-        if name not in known:
-            raise UnknownFieldError("compare()", name, value, known)
+    require_passed("compare()", how, compare, attach)
     require_counts(prompts, minutes, margin, turns, how.get("backend", "auto"))
     if not tasks:
         raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")
@@ -329,6 +325,9 @@ class _Job:
             count = further(count)
             if not self._round(tasks, open_, count):
                 self.report(Progress("answers", self.done, self.done, f"the {minutes:g} minutes are over"))
+                break
+            if not self.asked(tasks)[1:]:
+                self.report(Progress("answers", self.done, self.done, "every method was refused, on every task"))
                 break
             if count >= LEAST:
                 open_ = self._undecided(tasks, count)

@@ -91,6 +91,13 @@ def _require_known(owner: str, known: list[str], given: Mapping[str, Any]) -> No
             raise UnknownFieldError(owner, name, given[name], known)
 
 
+def require_passed(owner: str, how: Mapping[str, Any], verb: Callable[..., Any], attach: Callable[..., Any]) -> None:
+    """Refuse what a verb was given by name that is neither its own nor an option of `attach`, to which it goes on."""
+    own, theirs = (inspect.signature(one).parameters.values() for one in (verb, attach))
+    known = [x.name for x in own if x.kind is not x.VAR_KEYWORD] + [x.name for x in theirs][2:]
+    _require_known(owner, known, how)
+
+
 def require_fields(value: Any) -> None:
     """Refuse a value whose fields are of no kind, or outside the range, that their annotations name.
 

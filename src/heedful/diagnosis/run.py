@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from heedful.adapters.wrapped import unwrapped
-from heedful.api import fit, still
-from heedful.core.asked import asks
+from heedful.api import attach, fit, still
+from heedful.core.asked import asks, require_passed
 from heedful.core.code import code_of
 from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
@@ -72,6 +72,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     `how` goes to `attach`: `only`, `backend`, `tile_rows`.
     """
     began = time.perf_counter()
+    require_passed("diagnose()", how, diagnose, attach)
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
     folder = folder_for("diagnose()", out)
     subject = Subject(given.model, words_of(tokenizer or given.tokenizer), how, progress or (lambda _: None))

@@ -194,6 +194,9 @@ def _lead(clean: Stream, answer: int | str | None, instead: int | str | None) ->
     likeliest = int(clean.logits[-1].argmax())
     chosen = likeliest if answer is None else token_of("trace()", "answer", answer, clean.words, size)
     other = None if instead is None else token_of("trace()", "instead", instead, clean.words, size)
+    if other == chosen:
+        rule = f"begins with token {other}, as the answer does; nothing leads over itself"
+        raise FieldError("trace()", "instead", instead, rule, "what the model might say in its place")
 
     def lead(logits: Tensor) -> Tensor:
         last = logits[..., -1, :].double()

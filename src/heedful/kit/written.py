@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from heedful.core.call import Call
 from heedful.core.entry import FitContext
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
@@ -36,13 +37,14 @@ def written(context: FitContext, last: int) -> Fitted:
     return Fitted(found)
 
 
-def map_of(owner: Writes, layer: int, h: int, d: int) -> tuple[Tensor, Tensor]:
+def map_of(owner: Writes, call: Call, h: int, d: int) -> tuple[Tensor, Tensor]:
     """A layer's map and what is added to it, as they were written down; drawn by the owner's seed where none were."""
     if owner.maps is None:
-        draw = torch.Generator().manual_seed(4099 * seed_of(owner, "maps", batches="()") + layer)
-        return torch.randn(h * d, h, d, generator=draw), torch.zeros(h * d)
-    found = owner.maps.get(f"o.{layer}")
+        draw = torch.Generator().manual_seed(4099 * seed_of(owner, "maps", batches="()") + call.layer)
+        width = h * d if call.hidden is None else call.hidden.shape[-1]
+        return torch.randn(width, h, d, generator=draw), torch.zeros(width)
+    found = owner.maps.get(f"o.{call.layer}")
     if found is None or found.shape[1:] != (h, d):
-        rule = f"were fitted to another model, or fewer layers: [e, {h}, {d}] is needed in layer {layer}"
+        rule = f"were fitted to another model, or fewer layers: [e, {h}, {d}] is needed in layer {call.layer}"
         raise FieldError(owner, "maps", owner.maps, rule, "a fit to this model")
-    return found, owner.maps[f"b.{layer}"]
+    return found, owner.maps[f"b.{call.layer}"]

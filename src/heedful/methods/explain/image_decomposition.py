@@ -106,7 +106,7 @@ class ImageDecomposition(Method):
             return None
         value = call.spread(call.value.detach())[:, :, call.cols].to(weights)
         said = weights.detach()[:, :, row, :, None] * value  # [b h k d]
-        maps = map_of(self, call.layer, said.shape[1], said.shape[3])[0].to(said)
+        maps = map_of(self, call, said.shape[1], said.shape[3])[0].to(said)
         found = {"heads": torch.einsum("bhd,ehd->bhe", said.sum(2), maps)}
         if self.directions is not None:
             along = torch.einsum("ehd,me->hdm", maps, self.directions["d"].to(maps))

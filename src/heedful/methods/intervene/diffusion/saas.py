@@ -81,8 +81,8 @@ class SaaS(Method):
         looks = self._before(len(pattern), call)
         if looks is not None:
             more = (laid @ (self.factors(looks, region) - 1)) @ words  # [b q k]
-            given, pattern = pattern.sum(-1, keepdim=True), pattern * (1 + more)[:, None]
-            pattern = pattern * given / pattern.sum(-1, keepdim=True).clamp(min=torch.finfo(pattern.dtype).tiny)
+            given, pattern = _size(pattern), pattern * (1 + more)[:, None]
+            pattern = pattern * given / _size(pattern).clamp(min=torch.finfo(pattern.dtype).tiny)
         mean = pattern.detach().mean(1)
         given = torch.cat([call.marked(self.source)[:, 0, None].to(mean.dtype).expand(len(words), -1, -1), words], 1)
         summed = call.state.forward["looks"]
@@ -125,6 +125,11 @@ class SaaS(Method):
         kept["step"], kept["now"] = step, own
         before = kept.get("before", {}).get("places")
         return before if before is not None and len(before) == texts else None
+
+
+def _size(pattern: Tensor) -> Tensor:
+    """What a row's weights add up to, each without its sign: another method may have made some negative."""
+    return pattern.abs().sum(-1, keepdim=True)
 
 
 def otsu(maps: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class GEM(Method):
             raise SiteError(f"GEM, layer {call.layer}: tokens draw together that are read at once; hand it no cache")
         heat = self._heat(q, call)
         each = [self._alike({"query": q, "key": k, "value": v}[name], heat) @ v for name in self.of]
-        maps, bias = (x.to(heads) for x in map_of(self, call.layer, heads.shape[1], heads.shape[3]))
+        maps, bias = (x.to(heads) for x in map_of(self, call, heads.shape[1], heads.shape[3]))
         added = torch.einsum("bhnd,ehd->bne", torch.stack(each).mean(0), maps) + bias
         call.state.forward["stream"] = call.state.forward.get("stream", 0) + added
         return Cat.of(f"{call.forward:06d}", call.state.forward["stream"]) if call.ends_list else None
