@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
+from heedful.core.mask import Causal, Window
 from heedful.methods import Lite3R
 from heedful.methods.sparse.prefill.lite3r import _Lost, linear
 from tests.by_hand import in_pieces, llama_states
@@ -117,6 +120,26 @@ def test_a_text_in_pieces_is_the_text() -> None:
     ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), attach(model, Lite3R.example()) as run:
         assert close_model(in_pieces(run, ids, (5, 1, 1, 4, 1))[0], run(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_behind_a_window_a_text_in_pieces_is_the_text(kind: str) -> None:
+    model = models.tiny(kind).eval()
+    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), attach(model, Lite3R.example()) as run:
+        assert close_model(in_pieces(run, ids, (5, 1, 1, 4, 1))[0], run(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_sums_are_over_the_keys_that_a_narrower_mask_leaves(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heedful.methods.sparse.prefill.lite3r.CHUNK", chunk)
+    bare = Bare(dtype=torch.float64, rules=(Causal(), Window(2)))
+    found, s = linear(replace(bare.call, query=bare.q, key=bare.k, value=bare.v)), bare.shape
+    for b, h, i in product(range(s.b), range(s.h), range(s.q)):
+        place, g = s.k - s.q + i, h * s.g // s.h
+        near = [place - 1, place] if place else [0]
+        like = of_query(bare.q[b, h, i], bare.k[b, g, near], bare.v[b, g, near], 1.0)[1]
+        assert close(found[b, h, i], like)
 
 
 def test_how_maps_begin_and_that_they_learn_alone() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
+from heedful import attach, models
 from heedful.conformance.bare import Bare, Shape
-from heedful.conformance.tolerances import close
+from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Phase
 from heedful.core.errors import FieldError
-from heedful.core.mask import Mask
+from heedful.core.mask import Causal, Mask, Padding, Window
 from heedful.core.positions import Positions
 from heedful.methods import MoBA
+from tests.by_hand import in_pieces
 
 SIZE = 4
 
@@ -75,6 +78,35 @@ def test_means_are_of_the_keys_that_a_head_still_holds() -> None:
     whole = Positions.row(0, 18)
     bare.call = replace(bare.call, keys=Positions(whole.index, whole.position, is_filled=held))
     assert close(bare.run(MoBA(SIZE, 3), "reference")[0], by_hand(bare, 3, held=held))
+
+
+@pytest.mark.parametrize("window", [6, 9, 30])
+@pytest.mark.parametrize("pads", [(0, 0), (0, 3)])
+def test_behind_a_window_a_query_chooses_among_blocks_of_which_it_sees_every_key(
+    window: int, pads: tuple[int, int]
+) -> None:
+    text = torch.arange(18) >= torch.tensor(pads)[:, None]
+    bare = Bare(Shape(q=18, k=18), dtype=torch.float64, text=text, rules=(Causal(), Padding(text), Window(window)))
+    out = torch.zeros(2, 4, 18, bare.shape.dv, dtype=torch.float64)
+    for b, h, i in product(range(2), range(4), range(18)):
+        place = i - pads[b]
+        near = range(max(0, place - window + 1), place + 1)
+        whole = {p for p in near if all(q in near for q in range(p // SIZE * SIZE, p // SIZE * SIZE + SIZE))}
+        keys = {p: bare.k[b, h // 2, p + pads[b]] for p in whole | {p for p in near if p // SIZE == place // SIZE}}
+        if place >= 0:
+            seen = seen_by(bare.q[b, h, i], keys, place, SIZE, 2)
+            scores = torch.stack([bare.q[b, h, i] @ keys[p] for p in seen]) / bare.shape.d**0.5
+            out[b, h, i] = scores.softmax(0) @ bare.v[b, h // 2, [p + pads[b] for p in seen]]
+    for backend, rows in (("reference", None), ("tiled", 5)):
+        found = bare.run(MoBA(SIZE, 2), backend, rows)[0]
+        assert close(found * text[:, None, :, None], out)
+
+
+def test_a_text_in_pieces_is_the_text_though_the_cache_rolls() -> None:
+    model = models.tiny("mistral").eval()
+    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), attach(model, MoBA(2, 2)) as run:
+        assert close_model(in_pieces(run, ids, (5, 1, 1, 4, 1))[0], run(input_ids=ids).logits)
 
 
 def test_the_highest_gate_wins_though_none_is_above_zero() -> None:

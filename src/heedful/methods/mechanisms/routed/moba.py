@@ -28,6 +28,7 @@ class MoBA(Method):
             "Means of keys are float32 at least; the authors round them to the keys' own type before the product.",
             "Blocks are a mask's, query by query: queries of one block are laid beside one another, as by the authors' "
             "kernel, in the native kernel alone, and where a text is read whole and long enough for that to pay.",
+            "Behind a narrower mask, as a window, a query chooses among the blocks of which it sees every key.",
             "Layers with full attention, as the paper's last ones in fine-tuning, are left out by `.on(layers=...)`.",
         ),
     )
@@ -59,9 +60,19 @@ class MoBA(Method):
         own = spread_heads(call.q_pos // self.block, heads)[..., None]  # [b|1 h|1 q 1]
         blocks = torch.arange(means.shape[2], device=key.device)
 
+        def seen(rows: slice) -> Tensor:
+            """How many keys of each block a query sees, `[b h r m]`."""
+            keep = mask.keeps(call.tile(rows, slice(0, key.shape[2])).pairs)
+            here = spread_heads(live, heads)[..., None, :]
+            here = here if keep is None else both(*torch.broadcast_tensors(keep, here))
+            here, where = torch.broadcast_tensors(here, spread_heads(number, heads)[..., None, :])
+            return here.new_zeros(*here.shape[:3], means.shape[2], dtype=torch.int).scatter_add(-1, where, here.int())
+
         def pick(rows: slice) -> Tensor:
             gate = query[:, :, rows] @ means.mT  # [b h r m]
             past = held[:, :, None] & (blocks < own[:, :, rows])
+            if not mask.plain:  # of which the query sees every key, whether the others are held or gone
+                past = both(past, seen(rows) == self.block)
             best = gate.masked_fill(~past, -torch.inf).topk(min(self.blocks - 1, means.shape[2])).indices
             chosen = both(torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True), past)
             return either(chosen, blocks == own[:, :, rows])

@@ -27,7 +27,7 @@ from heedful.authoring import (
 )
 from heedful.core.stats import Sum
 from heedful.kit.batches import at_least_one, read
-from heedful.kit.running import Running, divided, wide
+from heedful.kit.running import CHUNK, Running, divided, wide
 
 DAMPING = 1.0  # times the mean square of a feature, added, since features of all tokens are much alike
 
@@ -50,7 +50,8 @@ class Lite3R(Method):
             "train it by the task's loss and the distance of what whole layers give.",
             "As in the authors' code keys are chosen one by one and features are ELU + 1, over all keys; the paper "
             "speaks of blocks, and one way through the code has these.",
-            "In causal models features are summed over the keys so far, and a share is one of the keys that are seen.",
+            "In causal models features are summed over the keys so far, behind a narrower mask over those that a query "
+            "sees, and a share is one of the keys that are seen.",
             "Scores are computed to be ranked; what fewer of them would save is not saved here.",
         ),
     )
@@ -128,10 +129,23 @@ def linear(call: Call) -> Tensor:
     if call.query is None or call.key is None or call.value is None:
         raise SiteError(f"layer {call.layer}: queries, keys and values are known from MASK on")
     q, k, v = wide(call.query, call.key, call.value)
+    if not call.mask.plain:
+        return _of_pairs(call, q, call.spread(k), call.spread(v))
     running = Running(call, k)
     value = running.cut(v)
     values = torch.cat([value, running.ones(value)], -1)
     return divided(running.mixed("products", elu(q) + 1, running.hide(elu(running.cut(k)) + 1), values))
+
+
+def _of_pairs(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same over the keys that a narrower mask leaves each query, a few rows at a time."""
+    values, out = torch.cat([v, torch.ones_like(v[..., :1])], -1), []
+    for start in range(0, q.shape[2], CHUNK):
+        tile = call.tile(slice(start, min(start + CHUNK, q.shape[2])), slice(0, k.shape[2]))
+        weights = (elu(q[:, :, tile.rows]) + 1) @ (elu(k) + 1).mT
+        keep = call.mask.keeps(tile.pairs)
+        out.append((weights if keep is None else weights.masked_fill(~keep, 0.0)) @ values)
+    return divided(torch.cat(out, 2))
 
 
 if __name__ == "__main__":
