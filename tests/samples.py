@@ -312,7 +312,20 @@ class SumsInHalf(Method):
         return Sum.of((100 * call.hidden).square().sum((0, 1)))
 
 
+class GoesByWhatIsHeld(Method):
+    """Adds the mean of all values that there are, whichever of them a window has left behind."""
+
+    paper = PAPER
+
+    @at(Site.HEAD_OUTPUT)
+    def add(self, heads: Tensor, call: Call) -> Tensor:
+        assert call.value is not None
+        value, place = call.spread(call.value), (call.q_pos[..., None] >= call.k_pos[:, :, None]).to(heads)
+        return heads + (place @ value) / place.sum(-1, keepdim=True)
+
+
 BREAK_LAWS = [
+    ("streaming", GoesByWhatIsHeld(), "a text of mistral token by token: logits differ"),
     ("causal", LooksAheadAcross(), "in cross-attention, changing tokens from 11 on moves"),
     ("conversion_is_clean", TeachesNothing(TARGET), "teaches nothing"),
     ("conversion_is_clean", TeachesByMood(TARGET), "a second time"),

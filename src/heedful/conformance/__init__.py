@@ -25,10 +25,21 @@ def laws() -> dict[str, Law]:
         precision_laws,
         saving_laws,
         step_laws,
+        streaming_laws,
         text_laws,
     )
 
-    homes = (call_laws, model_laws, fold_laws, merging_laws, precision_laws, saving_laws, step_laws, text_laws)
+    homes = (
+        call_laws,
+        model_laws,
+        fold_laws,
+        merging_laws,
+        precision_laws,
+        saving_laws,
+        step_laws,
+        streaming_laws,
+        text_laws,
+    )
     return {found.name: found for home in homes for found in vars(home).values() if isinstance(found, Law)}
 
 

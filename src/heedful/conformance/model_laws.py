@@ -20,9 +20,7 @@ from heedful.api import attach
 from heedful.conformance.bare import ROLES, Bare
 from heedful.conformance.place import reseeded
 from heedful.conformance.subjects import (
-    CROSS,
     LENGTH,
-    SPLIT,
     TEXT,
     Subject,
     in_training,
@@ -261,55 +259,6 @@ def padding(method: Method) -> None:
         raise Broken(f"left padding moves logits by {error(both[:1, 5:], short):.2g}")
     if not close_model(both[1:], plain[1:]):
         raise Broken(f"another text's padding moves logits by {error(both[1:], plain[1:]):.2g}")
-
-
-@law("reading a text at once and token by token come to the same")
-def streaming(method: Method) -> None:
-    answering = [subject for subject in subjects_of(method) if subject in (SPLIT, CROSS)]
-    if not answering:
-        for_text(method)
-    if not method.chunk_invariant:
-        raise DoesNotApply("does not claim it: what it does depends on the call")
-    for subject in answering:
-        _answers_in_pieces(method, subject)
-    if TEXT in subjects_of(method):
-        _text_in_pieces(method)
-
-
-def _text_in_pieces(method: Method) -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        reseeded()
-        with attach(model, method, roles=ROLES) as run:
-            steps = _two_steps(run)
-            ids = text()
-            out: Any = None
-            parts = []
-            for i in range(0, LENGTH, 6):
-                past = None if out is None else cache_of(out)
-                out = run(input_ids=ids[:, i : i + 6], use_cache=True, **{CACHE: past})
-                parts.append(out.logits)
-            chunks = torch.cat(parts, 1)
-            whole = run(input_ids=ids, use_cache=False).logits
-    for name, found in (("token by token", steps), ("in chunks", chunks)):
-        if not close_model(found, whole):
-            raise Broken(f"{name}, logits differ by {error(found, whole):.2g}")
-
-
-def _answers_in_pieces(method: Method, subject: Subject) -> None:
-    given = dict(subject.inputs())
-    said = given.pop("decoder_input_ids")
-    with torch.no_grad(), subject.attach(tiny_model(subject.kinds[0]), method) as run:
-        whole = run(**given, decoder_input_ids=said, use_cache=False).logits
-        for name, sizes in (("token by token", [LENGTH - 2, 1, 1]), ("in chunks", 6)):
-            past, parts = None, []
-            for piece in said.split(sizes, 1):
-                out = run(**given, decoder_input_ids=piece, use_cache=True, **{CACHE: past})
-                past = cache_of(out)
-                parts.append(out.logits)
-            found = torch.cat(parts, 1)
-            if not close_model(found, whole):
-                raise Broken(f"an answer {name}: logits differ by {error(found, whole):.2g}")
 
 
 def meeting(method: Method) -> frozenset[tuple[int, bool, bool, bool]]:
