@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from heedful.conformance.tolerances import close
 from heedful.core.column_ranges import Ranges
-from heedful.core.key_ranges import encode
+from heedful.core.key_ranges import counts, encode
 from heedful.core.mask import (
     Ahead,
     Blocks,
@@ -76,8 +77,11 @@ def by_table(laid: Laid, how: str, seed: int, share: float) -> Told:
     """A rule that is told of every pair, of each head and text its own."""
     draw = torch.Generator().manual_seed(seed)
     keep = torch.rand(laid.texts, HEADS, laid.rows, KEYS, generator=draw) < share
-    if how == "text":  # nothing is said of the last
+    if how in ("text", "one piece"):  # nothing is said of the last
         text = torch.cat([keep[:, 0, 0, : laid.gone], keep[:, 0, 0]], -1)[:, : laid.gone + KEYS - 1]
+        if how == "one piece":
+            start, stop = torch.randint(0, text.shape[1] + 2, (2, laid.texts, 1), generator=draw)
+            text = (torch.arange(text.shape[1]) >= start) & (torch.arange(text.shape[1]) < stop)
         return Padding(text), lambda b, h, i, j: j < KEYS - 1 and bool(text[b, laid.gone + j])
     if how == "blocks":
         size, first = 1 + seed % 3, None if seed > 3 else torch.randint(0, 3, (laid.texts, 2), generator=draw)
@@ -89,6 +93,8 @@ def by_table(laid: Laid, how: str, seed: int, share: float) -> Told:
     if how == "shown":
         shown = keep[:, :, 0]
         return Shown(shown), lambda b, h, i, j: bool(shown[b, h, j])
+    if how == "row":
+        return Dense(keep[:, :, :1]), lambda b, h, i, j: bool(keep[b, h, 0, j])
     if how == "dense":
         return Dense(keep), lambda b, h, i, j: bool(keep[b, h, i, j])
     ranges = encode(lambda start, stop: keep[:, :, start:stop], laid.rows)
@@ -119,7 +125,7 @@ def one(laid: Laid) -> st.SearchStrategy[Told]:
             )
         ),
         st.tuples(
-            st.sampled_from(["text", "shown", "dense", "ranged", "arranged", "blocks"]),
+            st.sampled_from(["text", "one piece", "shown", "row", "dense", "ranged", "arranged", "blocks"]),
             some,
             st.sampled_from([0.2, 0.7]),
         ).map(lambda x: by_table(laid, *x)),
@@ -167,6 +173,9 @@ def test_ranges_spans_columns_and_tiles_tell_the_pairs_of_the_loops(told: tuple[
         assert told_of is None or seen <= columns(told_of)
     if rule.idle(laid.q, laid.k):
         assert bool(want.all())
+    if isinstance(rule, Blocks):
+        for some in (slice(0, laid.rows), slice(0, 1), slice(laid.rows - 1, laid.rows)):
+            assert columns(rule.columns(some)) == {j for j in range(KEYS) if bool(want[:, :, some, j].any())}
     rows = slice(laid.rows // 3, max(1, laid.rows - 1))
     for cols in (slice(2, 7), slice(None, 5), torch.tensor([0, 3, 4, 9])):
         pairs = laid.pairs(rows, cols)
@@ -284,3 +293,26 @@ def test_a_plain_texts_span_is_from_the_first_key_seen_to_the_last(n: int, ahead
         unknown = [rule.span(Positions(index, index), laid.k), rule.span(laid.q, Positions(laid.k.index, laid.k.index))]
         assert None in unknown
         assert rule.span(Positions(index, index), Positions(laid.k.index, laid.k.index)) is None
+    for placed in (Window(n), Ahead(n), First(n), Chunk(n)):  # positions may begin anew
+        assert placed.key_ranges(laid.q, Positions(laid.k.index, laid.k.index, gone)) is None
+        assert placed.key_ranges(laid.q, laid.k) is not None
+
+
+def test_a_text_in_one_piece_is_one_range() -> None:
+    laid, inside = Laid([0], 0, 2), torch.arange(KEYS)
+    text = torch.stack([(inside >= a) & (inside < b) for a, b in ((0, KEYS), (3, KEYS), (2, 5), (4, 4))])
+    ranges = Padding(text).key_ranges(laid.q, laid.k)
+    assert ranges is not None
+    assert ranges[:, 0, 1, 0].tolist() == [[0, KEYS], [3, KEYS], [2, 5], [0, 0]]
+    text[2, 9] = True
+    assert Padding(text).key_ranges(laid.q, laid.k) is None
+
+
+def test_how_much_the_queries_that_see_a_key_weigh() -> None:
+    draw = torch.Generator().manual_seed(0)
+    keep = torch.rand(2, HEADS, 5, KEYS, generator=draw) < 0.5
+    ranges = encode(lambda start, stop: keep[:, :, start:stop], 5)
+    assert ranges is not None
+    weight = torch.rand(2, HEADS, 5, generator=draw)
+    found = counts(ranges, weight[..., None].expand(ranges.shape[:-1]), KEYS)
+    assert close(found, (keep * weight[..., None]).sum(2))
