@@ -17,7 +17,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.positions import Positions
-from heedful.core.regions import Region, coordinates, marked, numbers
+from heedful.core.regions import Region, coordinates, marked, numbers, span_of
 from heedful.core.sites import Site, at, reads
 
 from .kernel_calls import a_call
@@ -201,3 +201,10 @@ def test_places_that_are_known_to_be_alike_are_looked_up_once() -> None:
         one, other = replace(call, keys=places).coordinates("patches")
         assert one.equal(queries)
         assert other.equal(coordinates(call.region("patches"), places.position))
+
+
+def test_which_span_a_position_lies_in() -> None:
+    position = torch.tensor([[-1, 0, 2, 3, 4, 6, 7, 9]])
+    assert span_of(((3, 5), (0, 3), (6, 7)), position).tolist() == [[-1, 1, 1, 0, 0, 2, -1, -1]]
+    with pytest.raises(FieldError, match="must not overlap"):
+        span_of(((0, 4), (3, 5)), position)

@@ -23,7 +23,7 @@ from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
-from heedful.core.state import ByIndex, Key, Notes
+from heedful.core.state import ByIndex, Key, Notes, Shelf, Until
 from heedful.methods.intervene.language.pasta import PASTA
 from heedful.methods.intervene.vision.var import VAR
 from heedful.methods.intervene.vision.vhr import VHR
@@ -239,3 +239,20 @@ def test_a_cropped_text_goes_on_as_if_it_had_ended_there() -> None:
         cache.crop(-3)
         assert close_model(run(input_ids=IDS[:, 8:], **{CACHE: cache}).logits, want)
         assert notes_in(cache)["sinks"].shape == IDS.shape
+
+
+def test_what_was_made_of_tokens_that_are_cropped_is_of_none() -> None:
+    assert Until(torch.tensor([3, 4, 5, 0])).crop(4).x.tolist() == [3, 4, -1, 0]
+
+
+def test_a_layer_of_the_cache_takes_what_it_has_held_from_its_first_token_on() -> None:
+    settled: list[Shelf] = []
+    shelf = Shelf(settled.append)
+    assert not shelf.takes(1, "latent", 3)  # so many tokens are held as keys and values
+    assert (settled, shelf.instead, shelf.served) == ([], {}, None)
+    assert shelf.takes(1, "latent", 0)
+    assert (settled, shelf.instead, shelf.served) == ([shelf], {1: "latent"}, 1)
+    assert shelf.takes(1, "latent", 3)
+    assert not shelf.takes(1, "codes", 3)
+    assert shelf.takes(2, "codes", 0)
+    assert (len(settled), shelf.instead, shelf.served) == (1, {1: "latent", 2: "codes"}, 2)
