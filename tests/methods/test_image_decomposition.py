@@ -102,7 +102,7 @@ def test_any_tiling_gives_the_same(backend: str) -> None:
 
 def test_tokens_that_the_class_token_does_not_see_give_nothing() -> None:
     bare = Bare()  # causal, so that the third token sees three
-    method = ImageDecomposition(tokens=3, directions=Fitted({"d": torch.eye(32)[:2]}), seed=0)
+    method = ImageDecomposition(tokens=3, directions=Fitted({"d": torch.eye(24)[:2]}), seed=0)
     stats = bare.run(method, "reference")[1]
     found = method.answer(Readings({0: next(iter(stats.values()))})).tokens[0]
     assert found.shape == (2, 4, 19, 2)
