@@ -15,7 +15,7 @@ from heedful.conformance.tolerances import close, close_model, within_budget
 from heedful.core.call import Call
 from heedful.core.entry import Layer
 from heedful.core.errors import DefinitionError, SiteError
-from heedful.core.mask import Causal, Mask, Padding, Rule, Window
+from heedful.core.mask import Causal, Dense, Mask, Padding, Rule, Window
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.positions import Positions
 from heedful.core.reweight import Reweight, reweights
@@ -106,6 +106,7 @@ def _heads(backend: str, what: Part | Stack, tensors: Any, call: Call, sink: Ten
     return heads
 
 
+SEES = torch.ones(N, 1, dtype=torch.bool).index_fill(0, torch.tensor([0, 7, 40]), 0)
 needs_kernel = pytest.mark.skipif(isinstance(library(), str), reason="no kernel was built")
 CASES: dict[str, dict[str, Any]] = {
     "some columns": {},
@@ -115,6 +116,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a window": {"rules": (Causal(), Window(9))},
     "no causality": {"rules": ()},
     "padding": {"pad": 8},
+    "rows that see nothing": {"rules": (Causal(), Dense(SEES.expand(1, 1, N, N)))},
     "a column takes nearly all": {"loud": True},
     "many columns": {"what": Columns(tuple(range(2, 50)))},
     "some heads": {"what": Columns().on(heads=[0, 4])},
