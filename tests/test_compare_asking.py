@@ -61,6 +61,14 @@ class Few(First):
         return 34
 
 
+class Never(Needy):
+    paper = PAPER
+
+    @at(Site.PATTERN)
+    def look(self, pattern: Tensor, call: Call) -> Tensor:
+        raise SiteError("never")
+
+
 @pytest.fixture(scope="module")
 def loaded() -> models.Loaded:
     return models.Loaded(models.tiny("llama"), object(), "tiny")
@@ -173,13 +181,6 @@ def test_bad_limits_are_named(loaded, name: str, value: float) -> None:
 def test_what_every_task_refuses_costs_nothing_and_is_told_once(
     loaded: models.Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Never(Needy):
-        paper = PAPER
-
-        @at(Site.PATTERN)
-        def look(self, pattern: Tensor, call: Call) -> Tensor:
-            raise SiteError("never")
-
     measured: list[str] = []
     whole = comparing.cost
     monkeypatch.setattr(comparing, "cost", lambda *args, **how: measured.append(args[2]) or whole(*args, **how))
@@ -196,13 +197,6 @@ def test_a_misspelt_argument_is_refused_before_anything_is_asked(loaded: models.
 
 
 def test_where_every_method_is_refused_nobody_is_asked_on(loaded: models.Loaded) -> None:
-    class Never(Needy):
-        paper = PAPER
-
-        @at(Site.PATTERN)
-        def look(self, pattern: Tensor, call: Call) -> Tensor:
-            raise SiteError("never")
-
     told: list[str] = []
     found = compare(loaded, [Never()], [Echo()], prompts=40, turns=1, progress=lambda now: told.append(now.note))
     assert "every method was refused, on every task" in told

@@ -36,9 +36,7 @@ def streaming(method: Method) -> None:
             _in_pieces(run, "an answer", given, "decoder_input_ids", said)
     if TEXT in subjects_of(method):
         _text("llama", method)
-        with suppress(
-            RefusedModel, SiteError
-        ):  # where layers have windows, and a cache lets go of what these have left
+        with suppress(RefusedModel, SiteError):  # its cache lets go of what its windows have left
             _text("mistral", method)
 
 

@@ -139,10 +139,11 @@ def linear(call: Call) -> Tensor:
 
 def _of_pairs(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same over the keys that a narrower mask leaves each query, a few rows at a time."""
+    q, k = elu(q) + 1, elu(k) + 1
     values, out = torch.cat([v, torch.ones_like(v[..., :1])], -1), []
     for start in range(0, q.shape[2], CHUNK):
         tile = call.tile(slice(start, min(start + CHUNK, q.shape[2])), slice(0, k.shape[2]))
-        weights = (elu(q[:, :, tile.rows]) + 1) @ (elu(k) + 1).mT
+        weights = q[:, :, tile.rows] @ k.mT
         keep = call.mask.keeps(tile.pairs)
         out.append((weights if keep is None else weights.masked_fill(~keep, 0.0)) @ values)
     return divided(torch.cat(out, 2))
